@@ -1,0 +1,1 @@
+//! Request paths in the one form that is authorised and forwarded.

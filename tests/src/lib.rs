@@ -1,0 +1,1 @@
+//! Whole-system tests live in the folders beside this one; see README.md.
