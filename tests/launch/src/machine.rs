@@ -1,0 +1,116 @@
+//! What a command needs of the machine, and how it gets there.
+
+use std::{env, fs, path::Path, process::Command};
+
+/// A program and the Debian package that brings it.
+pub(crate) struct Need {
+    program: &'static str,
+    package: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str) -> Need {
+    Need { program, package }
+}
+
+/// nftables and iproute2 make the network; nginx and curl are the workloads; tcpdump shows what
+/// the wire carried.
+pub(crate) const DEMO: &[Need] = &[
+    need("cc", "gcc"),
+    need("nft", "nftables"),
+    need("ip", "iproute2"),
+    need("nginx", "nginx"),
+    need("curl", "curl"),
+    need("tcpdump", "tcpdump"),
+];
+
+/// For the tests also a container runtime that calls the CNI executable by itself.
+pub(crate) const VERIFY: &[Need] = &[
+    need("cc", "gcc"),
+    need("nft", "nftables"),
+    need("ip", "iproute2"),
+    need("nginx", "nginx"),
+    need("curl", "curl"),
+    need("tcpdump", "tcpdump"),
+    need("containerd", "containerd"),
+    need("runc", "runc"),
+    need("busybox", "busybox-static"),
+];
+
+pub(crate) const BENCH: &[Need] = &[
+    need("cc", "gcc"),
+    need("nft", "nftables"),
+    need("ip", "iproute2"),
+    need("nginx", "nginx"),
+    need("curl", "curl"),
+    need("wrk", "wrk"),
+];
+
+/// Namespaces, nftables and raw sockets are the kernel's own; nothing else is made as root.
+pub(crate) fn require_root(command: &str) -> Result<(), String> {
+    let status = fs::read_to_string("/proc/self/status").map_err(|e| format!("/proc: {e}"))?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:"))
+        .and_then(|ids| ids.split_whitespace().nth(1));
+    if effective == Some("0") {
+        return Ok(());
+    }
+    Err(format!(
+        "`{command}` makes network namespaces and needs root. Type:\n\n  sudo --preserve-env=PATH,HOME {command}"
+    ))
+}
+
+/// Installs what is missing by apt where it is there, else says what to install.
+pub(crate) fn require(needs: &[Need]) -> Result<(), String> {
+    let missing: Vec<&Need> = needs.iter().filter(|need| !has(need.program)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    let typed = format!("apt-get install {}", packages.join(" "));
+    if !has("apt-get") {
+        let programs: Vec<&str> = missing.iter().map(|need| need.program).collect();
+        return Err(format!(
+            "missing: {}. Install them with your package manager; on Debian:\n\n  {typed}",
+            programs.join(", ")
+        ));
+    }
+    eprintln!("installing {}", packages.join(" "));
+    apt(&["update", "-qq"])?;
+    let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    arguments.extend(&packages);
+    apt(&arguments)?;
+    match needs.iter().find(|need| !has(need.program)) {
+        None => Ok(()),
+        Some(need) => Err(format!(
+            "`{}` is still missing after `{typed}`",
+            need.program
+        )),
+    }
+}
+
+/// Whether a program is on the PATH, or where Debian keeps what only root runs.
+pub(crate) fn has(program: &str) -> bool {
+    let path = env::var("PATH").unwrap_or_default();
+    path.split(':')
+        .chain(["/usr/sbin", "/sbin"])
+        .any(|folder| !folder.is_empty() && Path::new(folder).join(program).is_file())
+}
+
+fn apt(arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new("apt-get")
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // Servers that come with a package are workloads here, not services of this machine.
+        .env("RUNLEVEL", "1")
+        .output()
+        .map_err(|error| format!("apt-get: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "`apt-get {}` failed:\n{}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    ))
+}
