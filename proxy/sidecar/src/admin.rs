@@ -1,0 +1,1 @@
+//! The ports of the proxy itself: admin, metrics, readiness.

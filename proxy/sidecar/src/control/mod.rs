@@ -1,0 +1,1 @@
+//! The control side: configuration from the control plane, identity, the snapshot on disk.
