@@ -4,9 +4,14 @@
 //! turns one into the other at the edge, so that no generated type travels further into a program.
 //! [`node`] is spoken on a node's Unix sockets, [`audit`] between a gate and the central record,
 //! [`ca`] between a workload and the CA.
+//!
+//! A process of the data plane, in order: [`channel`] takes it to the controller, [`ca_client`]
+//! gets and renews its certificate, [`ads`] subscribes to what it must know, [`names`] says how
+//! each thing is called.
 
 #[allow(
     clippy::all,
+    clippy::too_many_lines,
     clippy::allow_attributes_without_reason,
     missing_debug_implementations,
     unreachable_pub,
@@ -49,5 +54,14 @@ mod generated {
     }
 }
 
-pub use generated::{audit, envoy::config::core::v3 as core, envoy::service::discovery::v3 as discovery};
+pub mod ads;
+pub mod backoff;
+pub mod ca_client;
+pub mod channel;
+pub mod names;
+pub mod resource;
+
+pub use generated::{
+    audit, envoy::config::core::v3 as core, envoy::service::discovery::v3 as discovery,
+};
 pub use generated::{google::rpc, istio as ca, mesh, node};
