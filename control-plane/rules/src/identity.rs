@@ -32,7 +32,11 @@ impl Identity {
         let valid = is_dns_name(&identity.trust_domain)
             && is_dns_name(&identity.namespace)
             && is_dns_name(&identity.service_account);
-        if valid { Ok(identity) } else { Err(InvalidIdentity(identity.to_string())) }
+        if valid {
+            Ok(identity)
+        } else {
+            Err(InvalidIdentity(identity.to_string()))
+        }
     }
 
     pub fn trust_domain(&self) -> &str {
@@ -50,8 +54,15 @@ impl Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { trust_domain, namespace, service_account } = self;
-        write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+        let Self {
+            trust_domain,
+            namespace,
+            service_account,
+        } = self;
+        write!(
+            f,
+            "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"
+        )
     }
 }
 
@@ -62,7 +73,14 @@ impl FromStr for Identity {
         let invalid = || InvalidIdentity(text.chars().take(256).collect());
         let rest = text.strip_prefix("spiffe://").ok_or_else(invalid)?;
         let mut parts = rest.split('/');
-        match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
+        match (
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+        ) {
             (Some(trust_domain), Some("ns"), Some(namespace), Some("sa"), Some(account), None) => {
                 Self::new(trust_domain, namespace, account).map_err(|_| invalid())
             }
@@ -76,7 +94,9 @@ fn is_dns_name(name: &str) -> bool {
     let label = |label: &str| {
         !label.is_empty()
             && label.len() <= 63
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
@@ -108,7 +128,10 @@ mod tests {
             "spiffe://td/ns/A/sa/b",
             "spiffe://td:1/ns/a/sa/b",
         ] {
-            assert!(text.parse::<Identity>().is_err(), "{text:?} must not be an identity");
+            assert!(
+                text.parse::<Identity>().is_err(),
+                "{text:?} must not be an identity"
+            );
         }
     }
 }

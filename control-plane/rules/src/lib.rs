@@ -16,6 +16,7 @@
 //!
 //! [`service`], [`workload`] and [`pod`] are the resources that carry all of it to the data plane.
 
+pub mod address;
 pub mod authz;
 pub mod egress;
 pub mod host;

@@ -19,7 +19,11 @@ pub struct InvalidServiceKey(pub String);
 
 impl ServiceKey {
     pub fn new(cluster: &str, namespace: &str, name: &str) -> Self {
-        Self { cluster: cluster.into(), namespace: namespace.into(), name: name.into() }
+        Self {
+            cluster: cluster.into(),
+            namespace: namespace.into(),
+            name: name.into(),
+        }
     }
 }
 

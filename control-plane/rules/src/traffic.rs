@@ -69,7 +69,10 @@ pub struct RetryBudget {
 
 impl Default for RetryBudget {
     fn default() -> Self {
-        Self { percent: 20.0, min_per_second: 10 }
+        Self {
+            percent: 20.0,
+            min_per_second: 10,
+        }
     }
 }
 
@@ -82,7 +85,10 @@ pub struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { base: Duration::from_millis(25), max: Duration::from_millis(250) }
+        Self {
+            base: Duration::from_millis(25),
+            max: Duration::from_millis(250),
+        }
     }
 }
 
@@ -121,7 +127,11 @@ pub struct CircuitBreaker {
 
 impl Default for CircuitBreaker {
     fn default() -> Self {
-        Self { max_connections: 10_000, max_pending: 1024, max_requests: 10_000 }
+        Self {
+            max_connections: 10_000,
+            max_pending: 1024,
+            max_requests: 10_000,
+        }
     }
 }
 

@@ -62,7 +62,10 @@ pub struct SelfConfig {
 impl SelfConfig {
     /// The mode that holds for connections to `port`.
     pub fn mtls_for(&self, port: u16) -> MtlsMode {
-        self.port_mtls.iter().find(|(p, _)| *p == port).map_or(self.mtls, |(_, mode)| *mode)
+        self.port_mtls
+            .iter()
+            .find(|(p, _)| *p == port)
+            .map_or(self.mtls, |(_, mode)| *mode)
     }
 }
 
@@ -91,6 +94,9 @@ pub struct Telemetry {
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Self { sampling: 1.0, access_log: true }
+        Self {
+            sampling: 1.0,
+            access_log: true,
+        }
     }
 }
