@@ -1,0 +1,625 @@
+//! The pool: who holds what, as the fold of records.
+//!
+//! Every change is a [`Record`] first and then [`Pool::apply`], in memory exactly as after a
+//! restart. Methods that change something append the records they applied to `log`; they are in
+//! effect at once, and durable when the caller has committed them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::Ipv4Addr,
+    time::Duration,
+};
+
+use crate::{
+    Action, Attachment, Config, Counts, Eni, EniId, Holder, Intent, IntentId, Lease, Moment, Record,
+};
+
+/// No address is allocatable now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full {
+    /// When the first one has cooled down; none if only EC2 can help.
+    pub cooled_at: Option<Moment>,
+}
+
+#[derive(Debug)]
+pub struct Pool {
+    pub(crate) config: Config,
+    pub(crate) enis: BTreeMap<EniId, Interface>,
+    pub(crate) leases: BTreeMap<Attachment, Lease>,
+    pub(crate) holders: HashMap<Ipv4Addr, Attachment>,
+    pub(crate) intents: BTreeMap<IntentId, Open>,
+    pub(crate) next_intent: u64,
+    boot: Option<String>,
+    /// The latest time on record in this boot: what is free only later was cooling then.
+    seen: Moment,
+    pub(crate) watch: Watch,
+    pub(crate) pace: Pace,
+}
+
+/// What is observed or asked but not on record: a restart begins it anew, on the safe side.
+#[derive(Debug, Default)]
+pub(crate) struct Watch {
+    /// ADDs that are not finished: their kernel side may not be there yet.
+    pub(crate) pending: BTreeSet<Attachment>,
+    /// Leases whose veth was not there at the last look.
+    pub(crate) lease_misses: BTreeMap<Attachment, u32>,
+    /// Addresses that a veth uses and EC2 does not hold for us.
+    pub(crate) strays: BTreeSet<Ipv4Addr>,
+    /// Interfaces of this node that hang on nothing, and since when.
+    pub(crate) unattached: BTreeMap<EniId, Moment>,
+    /// Attached, but not ours to manage: they count against the instance's limit.
+    pub(crate) unmanaged: u32,
+    /// Pods bound to the node that hold no address yet.
+    pub(crate) expected: u32,
+}
+
+/// When EC2 may be asked again.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    pub(crate) grow_after: Moment,
+    pub(crate) shrink_after: Moment,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Interface {
+    pub(crate) eni: Eni,
+    pub(crate) since: Moment,
+    pub(crate) addresses: BTreeMap<Ipv4Addr, Address>,
+    /// Its link and routes stand: its addresses may be given out.
+    pub(crate) ready: bool,
+    /// On its way back to EC2.
+    pub(crate) leaving: bool,
+    /// Times in a row that EC2 did not list it.
+    pub(crate) misses: u32,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Address {
+    pub(crate) slot: Slot,
+    /// Times in a row that EC2 did not list it; not given out meanwhile.
+    pub(crate) misses: u32,
+    /// Times that EC2 listed it while it is quarantined.
+    pub(crate) sightings: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Slot {
+    /// For the next pod from this moment on; until then it cools.
+    Free {
+        from: Moment,
+    },
+    Leased,
+    Quarantined {
+        until: Moment,
+    },
+    Leaving,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Open {
+    pub(crate) intent: Intent,
+    /// Nobody waits for the call any more: what came of it is EC2's to tell.
+    pub(crate) unknown: bool,
+}
+
+impl Address {
+    fn new(slot: Slot) -> Self {
+        Self {
+            slot,
+            misses: 0,
+            sightings: 0,
+        }
+    }
+
+    /// Since when it can be given out, if it can.
+    pub(crate) fn free_since(&self, now: Moment) -> Option<Moment> {
+        match self.slot {
+            _ if self.misses > 0 => None,
+            Slot::Free { from } if from <= now => Some(from),
+            Slot::Free { .. } | Slot::Leased | Slot::Quarantined { .. } | Slot::Leaving => None,
+        }
+    }
+}
+
+impl Interface {
+    /// Pods may get its addresses.
+    pub(crate) fn usable(&self) -> bool {
+        self.ready && !self.leaving && self.misses == 0
+    }
+
+    pub(crate) fn free(&self, now: Moment) -> u32 {
+        count(
+            self.addresses
+                .values()
+                .filter(|address| address.free_since(now).is_some()),
+        )
+    }
+
+    pub(crate) fn leased(&self) -> u32 {
+        count(
+            self.addresses
+                .values()
+                .filter(|address| address.slot == Slot::Leased),
+        )
+    }
+}
+
+pub(crate) fn count(items: impl Iterator) -> u32 {
+    u32::try_from(items.count()).unwrap_or(u32::MAX)
+}
+
+impl Pool {
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            enis: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            holders: HashMap::new(),
+            intents: BTreeMap::new(),
+            next_intent: 0,
+            boot: None,
+            seen: Moment(0),
+            watch: Watch::default(),
+            pace: Pace::default(),
+        }
+    }
+
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    pub fn lease_of(&self, attachment: &Attachment) -> Option<&Lease> {
+        self.leases.get(attachment)
+    }
+
+    pub fn leases(&self) -> impl Iterator<Item = &Lease> {
+        self.leases.values()
+    }
+
+    pub fn enis(&self) -> impl Iterator<Item = &Eni> {
+        self.enis.values().map(|interface| &interface.eni)
+    }
+
+    pub fn addresses(&self, eni: &EniId) -> impl Iterator<Item = Ipv4Addr> {
+        self.enis
+            .get(eni)
+            .into_iter()
+            .flat_map(|interface| interface.addresses.keys().copied())
+    }
+
+    /// How many of the interface's addresses pods hold.
+    pub fn leased_on(&self, eni: &EniId) -> u32 {
+        self.enis.get(eni).map_or(0, Interface::leased)
+    }
+
+    /// The interface's link, table and rules stand; from now on its addresses are given out.
+    pub fn ready(&mut self, eni: &EniId) {
+        if let Some(interface) = self.enis.get_mut(eni) {
+            interface.ready = true;
+        }
+    }
+
+    /// How many pods are bound to the node and hold no address yet: planned for ahead of their ADD.
+    pub fn expect(&mut self, pods: u32) {
+        self.watch.expected = pods;
+    }
+
+    /// Starts a process on this machine's boot `id`. Times of another boot say nothing now, so
+    /// what cooled then cools from now.
+    pub fn boot(&mut self, id: &str, now: Moment, log: &mut Vec<Record>) {
+        if self.boot.as_deref() != Some(id) {
+            self.commit(
+                Record::Boot {
+                    id: id.to_owned(),
+                    at: now,
+                },
+                log,
+            );
+        }
+    }
+
+    /// Gives the attachment an address: the one it has, or one of the interface that has the most
+    /// pods already, so that the others empty and can go back. Among its addresses, the one that
+    /// has rested longest.
+    pub fn lease(
+        &mut self,
+        holder: Holder,
+        now: Moment,
+        log: &mut Vec<Record>,
+    ) -> Result<Lease, Full> {
+        if let Some(lease) = self.leases.get(&holder.attachment) {
+            return Ok(lease.clone());
+        }
+        let (eni, address) = self.choose(now).ok_or_else(|| Full {
+            cooled_at: self.cooled_at(),
+        })?;
+        let lease = Lease {
+            holder,
+            address,
+            eni,
+            at: now,
+        };
+        self.watch.pending.insert(lease.holder.attachment.clone());
+        self.commit(
+            Record::Leased {
+                lease: lease.clone(),
+            },
+            log,
+        );
+        Ok(lease)
+    }
+
+    /// The ADD is complete: the kernel side stands from now until DEL.
+    pub fn confirm(&mut self, attachment: &Attachment) {
+        self.watch.pending.remove(attachment);
+    }
+
+    /// Puts beside the lease what a restart needs to know of it.
+    pub fn note(&mut self, attachment: &Attachment, note: String, log: &mut Vec<Record>) {
+        if self
+            .leases
+            .get(attachment)
+            .is_some_and(|lease| lease.note.as_ref() != Some(&note))
+        {
+            self.commit(
+                Record::Noted {
+                    attachment: attachment.clone(),
+                    note,
+                },
+                log,
+            );
+        }
+    }
+
+    /// The ADD failed before any packet could have used the address.
+    pub fn undo(&mut self, attachment: &Attachment, log: &mut Vec<Record>) {
+        if self.leases.contains_key(attachment) {
+            self.commit(
+                Record::Undone {
+                    attachment: attachment.clone(),
+                },
+                log,
+            );
+        }
+    }
+
+    /// Ends the attachment's lease; the address cools. Nothing to do for an attachment that holds
+    /// none, whoever has its former address now.
+    pub fn release(
+        &mut self,
+        attachment: &Attachment,
+        now: Moment,
+        log: &mut Vec<Record>,
+    ) -> Option<Lease> {
+        let lease = self.leases.get(attachment)?.clone();
+        let until = now + self.config.cooldown;
+        let attachment = attachment.clone();
+        self.commit(
+            Record::Freed {
+                attachment,
+                address: lease.address,
+                until,
+            },
+            log,
+        );
+        Some(lease)
+    }
+
+    pub fn counts(&self, now: Moment) -> Counts {
+        let mut counts = Counts {
+            enis: count(self.enis.values()),
+            max_enis: self.max_enis(),
+            max_addresses: self.max_enis() * self.config.limits.secondary_per_eni(),
+            arriving: self
+                .intents
+                .values()
+                .map(|open| open.intent.action.arriving())
+                .sum(),
+            ..Counts::default()
+        };
+        for interface in self.enis.values() {
+            let usable = interface.usable();
+            for address in interface.addresses.values() {
+                counts.total += 1;
+                match address.slot {
+                    Slot::Leased => counts.leased += 1,
+                    _ if address.free_since(now).is_some() => {
+                        counts.allocatable += u32::from(usable);
+                    }
+                    Slot::Free { from } if from > now => counts.cooling += 1,
+                    Slot::Quarantined { .. } | Slot::Free { .. } => counts.quarantined += 1,
+                    Slot::Leaving => {}
+                }
+            }
+        }
+        counts
+    }
+
+    /// Attachable interfaces, ours and others', as the instance type and MAX_ENI allow.
+    pub(crate) fn max_enis(&self) -> u32 {
+        let limit = self.config.limits.enis;
+        self.config
+            .targets
+            .max_enis
+            .filter(|max| *max > 0)
+            .map_or(limit, |max| max.min(limit))
+    }
+
+    fn choose(&self, now: Moment) -> Option<(EniId, Ipv4Addr)> {
+        let usable = self.enis.values().filter(|interface| interface.usable());
+        let (interface, address, _) = usable
+            .filter_map(|interface| {
+                let free = interface.addresses.iter().filter_map(|(address, state)| {
+                    Some((interface, *address, state.free_since(now)?))
+                });
+                free.min_by_key(|(_, address, since)| (*since, *address))
+            })
+            .max_by_key(|(interface, ..)| {
+                (
+                    interface.leased(),
+                    std::cmp::Reverse(interface.eni.device_index),
+                )
+            })?;
+        Some((interface.eni.id.clone(), address))
+    }
+
+    fn cooled_at(&self) -> Option<Moment> {
+        let usable = self.enis.values().filter(|interface| interface.usable());
+        usable
+            .flat_map(|interface| interface.addresses.values())
+            .filter_map(|address| match address.slot {
+                Slot::Free { from } if address.misses == 0 => Some(from),
+                _ => None,
+            })
+            .min()
+    }
+
+    pub(crate) fn commit(&mut self, record: Record, log: &mut Vec<Record>) {
+        self.apply(&record);
+        log.push(record);
+    }
+
+    /// What the record means. Total: a record that fits nothing changes nothing, so that a journal
+    /// cut at any place still folds.
+    pub fn apply(&mut self, record: &Record) {
+        match record {
+            Record::Boot { id, at } => self.apply_boot(id, *at),
+            Record::Eni { eni, at } => self.apply_eni(eni, *at),
+            Record::EniGone { eni } => {
+                self.enis.remove(eni);
+            }
+            Record::Gained { eni, addresses, at } => {
+                self.insert(eni, addresses, Slot::Free { from: *at });
+            }
+            Record::Quarantined {
+                eni,
+                addresses,
+                until,
+            } => {
+                self.insert(eni, addresses, Slot::Quarantined { until: *until });
+            }
+            Record::Lost { eni, addresses } => {
+                if let Some(interface) = self.enis.get_mut(eni) {
+                    interface
+                        .addresses
+                        .retain(|address, _| !addresses.contains(address));
+                }
+            }
+            Record::Leased { lease } => self.apply_leased(lease),
+            Record::Freed {
+                attachment,
+                address,
+                until,
+            } => {
+                self.seen = self.seen.max(until.before(self.config.cooldown));
+                self.end(attachment, Some(*address), Slot::Free { from: *until });
+            }
+            Record::Undone { attachment } => {
+                let from = self
+                    .leases
+                    .get(attachment)
+                    .map_or(Moment(0), |lease| lease.at);
+                self.end(attachment, None, Slot::Free { from });
+            }
+            Record::Intended { intent } => self.apply_intended(intent),
+            Record::Settled { id } => self.apply_settled(*id),
+        }
+    }
+
+    fn apply_boot(&mut self, id: &str, at: Moment) {
+        self.boot = Some(id.to_owned());
+        let seen = std::mem::replace(&mut self.seen, at);
+        let cooled = at + self.config.cooldown;
+        for interface in self.enis.values_mut() {
+            interface.since = at;
+            for address in interface.addresses.values_mut() {
+                address.slot = match address.slot {
+                    Slot::Free { from } if from > seen => Slot::Free { from: cooled },
+                    Slot::Free { .. } => Slot::Free { from: at },
+                    Slot::Quarantined { .. } => Slot::Quarantined { until: cooled },
+                    slot @ (Slot::Leased | Slot::Leaving) => slot,
+                };
+            }
+        }
+        self.leases.values_mut().for_each(|lease| lease.at = at);
+        self.intents
+            .values_mut()
+            .for_each(|open| open.intent.at = at);
+    }
+
+    fn apply_eni(&mut self, eni: &Eni, at: Moment) {
+        let known = self
+            .enis
+            .entry(eni.id.clone())
+            .or_insert_with(|| Interface {
+                eni: eni.clone(),
+                since: at,
+                addresses: BTreeMap::new(),
+                ready: false,
+                leaving: false,
+                misses: 0,
+            });
+        known.eni = eni.clone();
+    }
+
+    fn insert(&mut self, eni: &EniId, addresses: &[Ipv4Addr], slot: Slot) {
+        let Some(interface) = self.enis.get_mut(eni) else {
+            return;
+        };
+        for address in addresses
+            .iter()
+            .filter(|address| **address != interface.eni.primary)
+        {
+            let slot = if self.holders.contains_key(address) {
+                Slot::Leased
+            } else {
+                slot
+            };
+            interface.addresses.insert(*address, Address::new(slot));
+        }
+    }
+
+    fn apply_leased(&mut self, lease: &Lease) {
+        // The journal may have missed an end (its disk was full then), never a beginning.
+        if let Some(former) = self.holders.get(&lease.address).cloned() {
+            self.end(&former, None, Slot::Free { from: lease.at });
+        }
+        let cooled = lease.at + self.config.cooldown;
+        self.end(&lease.holder.attachment, None, Slot::Free { from: cooled });
+        self.seen = self.seen.max(lease.at);
+        self.holders
+            .insert(lease.address, lease.holder.attachment.clone());
+        self.leases
+            .insert(lease.holder.attachment.clone(), lease.clone());
+        if let Some(interface) = self.enis.get_mut(&lease.eni) {
+            interface
+                .addresses
+                .insert(lease.address, Address::new(Slot::Leased));
+        }
+    }
+
+    fn end(&mut self, attachment: &Attachment, only: Option<Ipv4Addr>, slot: Slot) {
+        let Some(lease) = self.leases.get(attachment) else {
+            return;
+        };
+        if only.is_some_and(|address| address != lease.address) {
+            return;
+        }
+        let (address, eni) = (lease.address, lease.eni.clone());
+        self.leases.remove(attachment);
+        self.holders.remove(&address);
+        self.watch.pending.remove(attachment);
+        self.watch.lease_misses.remove(attachment);
+        let interface = self.enis.get_mut(&eni);
+        if let Some(state) = interface.and_then(|interface| interface.addresses.get_mut(&address)) {
+            state.slot = slot;
+        }
+    }
+
+    fn apply_intended(&mut self, intent: &Intent) {
+        self.next_intent = self.next_intent.max(intent.id.0 + 1);
+        self.seen = self.seen.max(intent.at);
+        match &intent.action {
+            Action::Unassign { eni, addresses } => {
+                if let Some(interface) = self.enis.get_mut(eni) {
+                    for address in addresses {
+                        if let Some(state) = interface.addresses.get_mut(address) {
+                            state.slot = Slot::Leaving;
+                        }
+                    }
+                }
+            }
+            Action::Delete { eni } => {
+                if let Some(interface) = self.enis.get_mut(eni) {
+                    interface.leaving = true;
+                }
+            }
+            Action::Assign { .. } | Action::Reclaim { .. } | Action::Create { .. } => {}
+        }
+        // Whoever made the call is gone when this is read from disk; `begin` knows better.
+        self.intents.insert(
+            intent.id,
+            Open {
+                intent: intent.clone(),
+                unknown: true,
+            },
+        );
+    }
+
+    fn apply_settled(&mut self, id: IntentId) {
+        let Some(open) = self.intents.remove(&id) else {
+            return;
+        };
+        match open.intent.action {
+            Action::Unassign { eni, addresses } => {
+                if let Some(interface) = self.enis.get_mut(&eni) {
+                    for address in addresses {
+                        if let Some(state) = interface.addresses.get_mut(&address)
+                            && state.slot == Slot::Leaving
+                        {
+                            state.slot = Slot::Free {
+                                from: open.intent.at,
+                            };
+                        }
+                    }
+                }
+            }
+            Action::Delete { eni } => {
+                if let Some(interface) = self.enis.get_mut(&eni) {
+                    interface.leaving = false;
+                }
+            }
+            Action::Assign { .. } | Action::Reclaim { .. } | Action::Create { .. } => {}
+        }
+    }
+
+    /// The records that make this pool out of nothing: what compaction writes.
+    pub fn snapshot(&self) -> Vec<Record> {
+        let mut records = Vec::new();
+        if let Some(id) = &self.boot {
+            records.push(Record::Boot {
+                id: id.clone(),
+                at: self.seen,
+            });
+        }
+        for interface in self.enis.values() {
+            let eni = &interface.eni.id;
+            records.push(Record::Eni {
+                eni: interface.eni.clone(),
+                at: interface.since,
+            });
+            for (address, state) in &interface.addresses {
+                let (eni, addresses) = (eni.clone(), vec![*address]);
+                records.push(match state.slot {
+                    Slot::Quarantined { until } => Record::Quarantined {
+                        eni,
+                        addresses,
+                        until,
+                    },
+                    Slot::Free { from } => Record::Gained {
+                        eni,
+                        addresses,
+                        at: from,
+                    },
+                    Slot::Leased | Slot::Leaving => Record::Gained {
+                        eni,
+                        addresses,
+                        at: interface.since,
+                    },
+                });
+            }
+        }
+        records.extend(self.leases.values().map(|lease| Record::Leased {
+            lease: lease.clone(),
+        }));
+        records.extend(self.intents.values().map(|open| Record::Intended {
+            intent: open.intent.clone(),
+        }));
+        records
+    }
+
+    /// EC2 refused or failed: ask for no more before `delay` is over.
+    pub fn hold_growth(&mut self, delay: Duration, now: Moment) {
+        self.pace.grow_after = self.pace.grow_after.max(now + delay);
+    }
+}
