@@ -1,0 +1,52 @@
+//! The CRDs, as `kubectl apply` takes them.
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceColumnDefinition, CustomResourceDefinition,
+};
+use kube::CustomResourceExt;
+
+use crate::{
+    kinds::{
+        AuthorizationPolicy, ClusterEgressPolicy, EgressPolicy, MeshConfig, PeerAuthentication,
+        Telemetry, TrafficPolicy,
+    },
+    status,
+};
+
+/// One for each of our kinds, by name.
+pub fn crds() -> Vec<CustomResourceDefinition> {
+    [
+        AuthorizationPolicy::crd(),
+        ClusterEgressPolicy::crd(),
+        EgressPolicy::crd(),
+        MeshConfig::crd(),
+        PeerAuthentication::crd(),
+        Telemetry::crd(),
+        TrafficPolicy::crd(),
+    ]
+    .map(|mut crd| {
+        for version in &mut crd.spec.versions {
+            version.additional_printer_columns = Some(columns());
+        }
+        crd
+    })
+    .into()
+}
+
+/// What `kubectl get` shows, the same for each kind.
+fn columns() -> Vec<CustomResourceColumnDefinition> {
+    let condition = |name: &str| format!(".status.conditions[?(@.type==\"{name}\")].status");
+    [
+        (status::ACCEPTED, "string", condition(status::ACCEPTED)),
+        (status::PROGRAMMED, "string", condition(status::PROGRAMMED)),
+        ("Proxies", "string", ".status.proxies".to_owned()),
+        ("Age", "date", ".metadata.creationTimestamp".to_owned()),
+    ]
+    .map(|(name, type_, json_path)| CustomResourceColumnDefinition {
+        name: name.to_owned(),
+        type_: type_.to_owned(),
+        json_path,
+        ..CustomResourceColumnDefinition::default()
+    })
+    .into()
+}
