@@ -1,0 +1,118 @@
+//! The demo: brings a world up, tells the story step by step, and reports what held.
+
+mod page;
+mod screen;
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use turnpike_rig::{
+    Evidence, Options, World,
+    story::{STEPS, Step},
+};
+
+use self::screen::Screen;
+
+/// Prefix of the demo's namespaces.
+const NAME: &str = "tp-demo";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    action: Option<Action>,
+    /// Leave everything running, and say how to look around
+    #[arg(long)]
+    keep: bool,
+    /// Where the report goes, as a page for a browser
+    #[arg(long, default_value = "turnpike-demo.html")]
+    report: PathBuf,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Take down what --keep or a killed demo left
+    Down,
+}
+
+/// One step as it was told.
+#[derive(Debug)]
+struct Told {
+    title: &'static str,
+    time: Duration,
+    evidence: Evidence,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let Arguments { action, keep, report } = arguments;
+    if let Some(Action::Down) = action {
+        World::clean(NAME)?;
+        println!("the demo is down: no namespace, rule or process of it is left");
+        return Ok(ExitCode::SUCCESS);
+    }
+    clean_on_interrupt()?;
+    let screen = Screen::new();
+    let begun = Instant::now();
+    let options = Options {
+        name: NAME.to_owned(),
+        keep: *keep,
+        otlp: std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok(),
+        agent_environment: Vec::new(),
+    };
+    let bar = screen.begin("Bringing the box up");
+    let mut world = match World::up(options, &|what| bar.set_message(what.to_owned())) {
+        Ok(world) => world,
+        Err(error) => {
+            screen.failed(&bar, "the box did not come up");
+            return Err(error);
+        }
+    };
+    screen.done(&bar, &format!("The box is up: {} nodes, control plane", world.nodes.len()), begun.elapsed());
+
+    let told: Vec<Told> = STEPS.iter().map(|step| tell(&screen, &mut world, step)).collect();
+    let held = told.iter().all(|step| step.evidence.held());
+    let total = begun.elapsed();
+    screen.summary(&told, total);
+    fs::write(report, page::render(&told, total).into_string())
+        .with_context(|| format!("writing {}", report.display()))?;
+    println!("\nThe same as a page: {}", report.display());
+    if *keep {
+        screen::look_around(&world);
+    } else {
+        world.down()?;
+    }
+    Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A step that cannot be told to its end is a claim that did not hold.
+fn tell(screen: &Screen, world: &mut World, step: &Step) -> Told {
+    let bar = screen.begin(step.title);
+    let begun = Instant::now();
+    let evidence = (step.tell)(world).unwrap_or_else(|error| {
+        let mut evidence = Evidence::default();
+        evidence.claim("the step was told to its end", false, format!("{error:#}"));
+        evidence
+    });
+    let told = Told { title: step.title, time: begun.elapsed(), evidence };
+    screen.told(&bar, &told);
+    told
+}
+
+/// Ctrl-C takes the box down before the program ends.
+fn clean_on_interrupt() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::spawn(move || {
+        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            eprintln!("\ntaking the box down");
+            if let Err(error) = World::clean(NAME) {
+                eprintln!("{error:#}");
+            }
+            std::process::exit(130);
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,470 @@
+//! One VPC with its control plane and nodes, brought up in order and taken down whole.
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use turnpike_vpc::netns::{Command, Namespace};
+
+use crate::{
+    daemon::{self, Daemon},
+    directory::Directory,
+    otlp::Sink,
+    pods::Pod,
+    tokens::{AUDIENCE, ISSUER, Issuer, Subject},
+};
+
+/// Where worlds keep their files while they stand.
+const ROOT: &str = "/run/turnpike-box";
+/// Fixed address of the instance that runs the control plane.
+pub const CONTROL: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 10));
+const CONTROLLER_PORT: u16 = 15012;
+const CONTROLLER_HTTP: u16 = 15014;
+const AUDIT_PORT: u16 = 15016;
+const AUDIT_HTTP: u16 = 15017;
+const OTLP_PORT: u16 = 4317;
+const AGENT_HTTP: u16 = 61678;
+const GATE_HTTP: u16 = 15022;
+pub const CONTROLLER_NAME: &str = "turnpike-controller.turnpike-system.svc";
+const READY: Duration = Duration::from_secs(30);
+
+/// The nodes of the box: name, and the zone it is in.
+pub const NODES: [(&str, &str); 2] = [("node-a", "eu-west-1a"), ("node-b", "eu-west-1b")];
+
+/// Two cores cannot carry two worlds at once without one starving the other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Prefix of every namespace; letters, digits and `-`, at most ten.
+    pub name: String,
+    /// The processes outlive this one.
+    pub keep: bool,
+    /// Where spans and metrics go; `None`: to a sink of the world's own.
+    pub otlp: Option<String>,
+    /// Added to the agents' environment, e.g. `WARM_IP_TARGET`.
+    pub agent_environment: Vec<(String, String)>,
+}
+
+impl Options {
+    /// A world for one test.
+    pub fn test(name: &str) -> Self {
+        Self { name: format!("tpt-{name}"), keep: false, otlp: None, agent_environment: Vec::new() }
+    }
+}
+
+/// A node: an instance with its agent and gate.
+#[derive(Debug)]
+pub struct Node {
+    pub name: &'static str,
+    pub zone: &'static str,
+    pub namespace: Namespace,
+    pub agent: Daemon,
+    pub gate: Daemon,
+    pub folder: PathBuf,
+}
+
+/// Everything that stands. Dropping it takes it down, unless it is to be kept.
+#[derive(Debug)]
+pub struct World {
+    pub options: Options,
+    pub folder: PathBuf,
+    pub directory: Directory,
+    pub issuer: Issuer,
+    pub controller: Daemon,
+    pub audit: Daemon,
+    pub nodes: Vec<Node>,
+    pub pods: BTreeMap<(String, String), Pod>,
+    /// Present unless the user named a collector.
+    pub sink: Option<Sink>,
+    pub control: Namespace,
+    pub(crate) names: BTreeMap<String, Vec<IpAddr>>,
+    vpc: Child,
+    // Held, not used: the sink's tasks live on it.
+    _runtime: tokio::runtime::Runtime,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl World {
+    /// Brings a world up; `progress` hears what is being done.
+    pub fn up(options: Options, progress: &dyn Fn(&str)) -> Result<Self> {
+        ensure!(nix::unistd::geteuid().is_root(), "the VPC in a box makes network namespaces and needs root");
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::clean(&options.name)?;
+        let folder = Path::new(ROOT).join(&options.name);
+        fs::create_dir_all(&folder)?;
+        let undo = Undo(Some(options.name.clone()));
+        let world = Self::build(options, folder, turn, progress)?;
+        undo.disarm();
+        Ok(world)
+    }
+
+    fn build(
+        options: Options,
+        folder: PathBuf,
+        turn: MutexGuard<'static, ()>,
+        progress: &dyn Fn(&str),
+    ) -> Result<Self> {
+        progress("VPC: router, subnets, NAT gateway, internet, two nodes");
+        let vpc = start_vpc(&options, &folder)?;
+        let control = Namespace::open(&format!("{}-control", options.name))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let sink = match &options.otlp {
+            Some(_) => None,
+            None => Some(own_sink(&control, &runtime)?),
+        };
+        let issuer = Issuer::new()?;
+        let directory = Directory::create(folder.join("policies"))?;
+        directory.write("mesh", include_str!("../cluster/mesh.yaml"))?;
+
+        progress("control plane: controller with its CA, audit");
+        let plan = Plan { options: &options, folder: &folder, issuer: &issuer };
+        let mut controller = plan.controller(&control, directory.path())?;
+        controller.ready(at(CONTROL, CONTROLLER_HTTP), "/healthz/ready", READY)?;
+        let mut audit = plan.audit(&control)?;
+        audit.ready(at(CONTROL, AUDIT_HTTP), "/healthz", READY)?;
+
+        progress("nodes: agent and gate, warm pools of addresses");
+        let mut nodes = Vec::new();
+        for (name, zone) in NODES {
+            nodes.push(plan.node(name, zone)?);
+        }
+        for node in &mut nodes {
+            let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+            node.agent.ready(at(loopback, AGENT_HTTP), "/healthz/ready", READY)?;
+            node.gate.ready(at(loopback, GATE_HTTP), "/healthz", READY)?;
+        }
+        let world = Self {
+            options,
+            folder,
+            directory,
+            issuer,
+            controller,
+            audit,
+            nodes,
+            pods: BTreeMap::new(),
+            sink,
+            control,
+            names: BTreeMap::new(),
+            vpc,
+            _runtime: runtime,
+            _turn: turn,
+        };
+        world.prove_isolation()?;
+        Ok(world)
+    }
+
+    /// Removes whatever a world of this name left, in whatever state.
+    pub fn clean(name: &str) -> Result<()> {
+        let folder = Path::new(ROOT).join(name);
+        daemon::kill_recorded(&folder);
+        let status = std::process::Command::new(program("turnpike-vpc")?)
+            .args(["down", "--name", name])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()?;
+        ensure!(status.success(), "`turnpike-vpc down --name {name}` ended with {status}");
+        match fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("removing {}", folder.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails unless no namespace of this world has a way out to the machine's own network.
+    pub fn prove_isolation(&self) -> Result<()> {
+        Ok(turnpike_vpc::prove_isolation(&self.options.name)?)
+    }
+
+    pub fn node(&self, name: &str) -> Result<&Node> {
+        self.nodes.iter().find(|node| node.name == name).with_context(|| format!("no node {name}"))
+    }
+
+    pub fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
+        let found = self.nodes.iter_mut().find(|node| node.name == name);
+        found.with_context(|| format!("no node {name}"))
+    }
+
+    /// Files of the VPC itself: the internet's log and root certificate.
+    pub fn vpc_file(&self, name: &str) -> PathBuf {
+        self.folder.join("vpc").join(name)
+    }
+
+    /// A namespace of the fabric: `router`, `internet`, an instance, or a pod's.
+    pub fn namespace(&self, suffix: &str) -> Result<Namespace> {
+        Ok(Namespace::open(&format!("{}-{suffix}", self.options.name))?)
+    }
+
+    /// Asks the controller's HTTP port.
+    pub fn ask_controller(&self, path: &str) -> Result<crate::http::Response> {
+        crate::http::get(&self.control, at(CONTROL, CONTROLLER_HTTP), path)
+    }
+
+    /// Asks the central record.
+    pub fn ask_audit(&self, path: &str) -> Result<crate::http::Response> {
+        crate::http::get(&self.control, at(CONTROL, AUDIT_HTTP), path)
+    }
+
+    /// Gives the cluster's resolver a name.
+    pub fn name(&mut self, name: &str, addresses: &[IpAddr]) -> Result<()> {
+        if addresses.is_empty() {
+            self.names.remove(name);
+        } else {
+            self.names.insert(name.to_owned(), addresses.to_vec());
+        }
+        turnpike_vpc::write_zone(&self.vpc_file(""), &self.names)?;
+        Ok(())
+    }
+
+    pub(crate) fn otlp_endpoint(&self) -> String {
+        endpoint(&self.options)
+    }
+
+    /// Takes everything down, in the reverse order of building.
+    pub fn down(&mut self) -> Result<()> {
+        let names: Vec<_> = self.pods.keys().cloned().collect();
+        for (namespace, name) in names {
+            if let Err(error) = self.delete_pod(&namespace, &name) {
+                tracing::warn!(%error, namespace, name, "the pod was not deleted as a runtime would");
+            }
+        }
+        for node in &mut self.nodes {
+            node.gate.stop(Duration::from_secs(3))?;
+            node.agent.stop(Duration::from_secs(3))?;
+        }
+        self.audit.stop(Duration::from_secs(3))?;
+        self.controller.stop(Duration::from_secs(3))?;
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.vpc.id() as i32),
+            nix::sys::signal::Signal::SIGTERM,
+        );
+        self.vpc.wait()?;
+        Self::clean(&self.options.name)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if self.options.keep {
+            return;
+        }
+        if thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+        if let Err(error) = self.down() {
+            eprintln!("taking the world down: {error:#}");
+        }
+    }
+}
+
+impl World {
+    /// The end of every log, for a failed test.
+    pub fn logs(&self) -> String {
+        let daemons = [&self.controller, &self.audit]
+            .into_iter()
+            .chain(self.nodes.iter().flat_map(|node| [&node.agent, &node.gate]))
+            .chain(self.pods.values().flat_map(Pod::daemons));
+        daemons
+            .map(|daemon| format!("──── {}\n{}\n", daemon.name(), daemon::tail(&daemon.log())))
+            .collect()
+    }
+}
+
+/// What the daemons of one world have in common.
+struct Plan<'a> {
+    options: &'a Options,
+    folder: &'a Path,
+    issuer: &'a Issuer,
+}
+
+impl Plan<'_> {
+    fn controller(&self, control: &Namespace, policies: &Path) -> Result<Daemon> {
+        let folder = self.folder.join("control");
+        fs::create_dir_all(&folder)?;
+        let keys = folder.join("tokens.jwks");
+        self.issuer.publish(&keys)?;
+        let command = Command::new(program("turnpike-controller")?)
+            .args(["--cluster", "cluster", "--trust-domain", "cluster.local"])
+            .arg("--source-dir")
+            .arg(policies)
+            .args(["--listen", &format!("{CONTROL}:{CONTROLLER_PORT}")])
+            .args(["--http", &format!("{CONTROL}:{CONTROLLER_HTTP}")])
+            .arg("--state-dir")
+            .arg(folder.join("state"))
+            .arg("--root-cert-out")
+            .arg(self.root_file())
+            .args(["--token-issuer", ISSUER, "--audience", AUDIENCE])
+            .arg("--token-jwks")
+            .arg(keys);
+        Daemon::start("controller", command, control, &folder, self.options.keep)
+    }
+
+    fn audit(&self, control: &Namespace) -> Result<Daemon> {
+        let folder = self.folder.join("control");
+        let token = self.token("turnpike-audit", "control")?;
+        let command = Command::new(program("turnpike-audit")?)
+            .args(["--listen", &format!("{CONTROL}:{AUDIT_PORT}")])
+            .args(["--http", &format!("{CONTROL}:{AUDIT_HTTP}")])
+            .args(["--store", &format!("sqlite:{}", folder.join("audit.db").display())]);
+        let command = self.client(command, &token);
+        Daemon::start("audit", command, control, &folder, self.options.keep)
+    }
+
+    fn node(&self, name: &'static str, zone: &'static str) -> Result<Node> {
+        let namespace = Namespace::open(&format!("{}-{name}", self.options.name))?;
+        let folder = self.folder.join(name);
+        fs::create_dir_all(&folder)?;
+        let agent = self.agent(name, &namespace, &folder)?;
+        let gate = self.gate(name, &namespace, &folder)?;
+        Ok(Node { name, zone, namespace, agent, gate, folder })
+    }
+
+    fn agent(&self, name: &str, namespace: &Namespace, folder: &Path) -> Result<Daemon> {
+        let token = self.token("turnpike-node", name)?;
+        let mut command = Command::new(program("turnpike-node")?)
+            .args(["--node-name", name, "--cluster", "cluster"])
+            .arg("--cni-socket")
+            .arg(folder.join("cni.sock"))
+            .arg("--feed-socket")
+            .arg(folder.join("feed.sock"))
+            .arg("--state-dir")
+            .arg(folder.join("agent"))
+            .args(["--http", &format!("127.0.0.1:{AGENT_HTTP}")])
+            .env("AWS_ENDPOINT_URL_EC2", "http://10.0.0.2:8773")
+            .env("AWS_REGION", "eu-west-1")
+            .env("WARM_IP_TARGET", "4");
+        for (name, value) in &self.options.agent_environment {
+            command = command.env(name, value);
+        }
+        let command = self.client(command, &token);
+        Daemon::start(&format!("{name}/agent"), command, namespace, folder, self.options.keep)
+    }
+
+    fn gate(&self, name: &str, namespace: &Namespace, folder: &Path) -> Result<Daemon> {
+        let token = self.token("turnpike-gate", name)?;
+        let command = Command::new(program("turnpike-gate")?)
+            .args(["--node-name", name, "--cluster", "cluster"])
+            .arg("--feed-socket")
+            .arg(folder.join("feed.sock"))
+            .arg("--spool-dir")
+            .arg(folder.join("spool"))
+            .args(["--upstream-dns", "10.0.0.2", "--cluster-dns", "10.0.0.2"])
+            .args(["--audit", &format!("{CONTROL}:{AUDIT_PORT}")])
+            .args(["--http", &format!("127.0.0.1:{GATE_HTTP}")]);
+        let command = self.client(command, &token);
+        Daemon::start(&format!("{name}/gate"), command, namespace, folder, self.options.keep)
+    }
+
+    /// What every client of the controller is told.
+    fn client(&self, command: Command, token: &Path) -> Command {
+        command
+            .args(["--controller", &format!("{CONTROL}:{CONTROLLER_PORT}")])
+            .args(["--controller-name", CONTROLLER_NAME])
+            .arg("--token-file")
+            .arg(token)
+            .arg("--root-file")
+            .arg(self.root_file())
+            .env("RUST_LOG", "info")
+            .env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint(self.options))
+    }
+
+    fn root_file(&self) -> PathBuf {
+        self.folder.join("root.pem")
+    }
+
+    fn token(&self, account: &str, node: &str) -> Result<PathBuf> {
+        let subject = Subject {
+            namespace: "turnpike-system",
+            service_account: account,
+            pod: None,
+            node: Some(node),
+        };
+        let path = self.folder.join(format!("{node}-{account}.token"));
+        fs::write(&path, self.issuer.token(&subject, Duration::from_secs(24 * 3600))?)?;
+        Ok(path)
+    }
+}
+
+/// Takes down what a failed start left.
+struct Undo(Option<String>);
+
+impl Undo {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if let Some(name) = &self.0
+            && let Err(error) = World::clean(name)
+        {
+            eprintln!("cleaning up: {error:#}");
+        }
+    }
+}
+
+fn start_vpc(options: &Options, folder: &Path) -> Result<Child> {
+    let state = folder.join("vpc");
+    fs::create_dir_all(&state)?;
+    let log = fs::File::create(folder.join("vpc.log"))?;
+    let mut child = std::process::Command::new(program("turnpike-vpc")?)
+        .args(["run", "--name", &options.name, "--state"])
+        .arg(&state)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()?;
+    if let Some(process) = turnpike_vpc::netns::Process::with_pid(child.id() as i32) {
+        fs::write(folder.join("vpc.process"), serde_json::to_vec(&process)?)?;
+    }
+    let deadline = Instant::now() + READY;
+    while !state.join("ready").exists() {
+        let ended = child.try_wait()?;
+        if ended.is_some() || Instant::now() > deadline {
+            let log = fs::read_to_string(folder.join("vpc.log")).unwrap_or_default();
+            let _ = child.kill();
+            bail!("the VPC did not come up ({ended:?}); its log:\n{}", daemon::tail(&log));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(child)
+}
+
+fn own_sink(control: &Namespace, runtime: &tokio::runtime::Runtime) -> Result<Sink> {
+    let listener = control.run(|| TcpListener::bind(at(CONTROL, OTLP_PORT)))??;
+    let _entered = runtime.enter();
+    Sink::serve(listener)
+}
+
+fn endpoint(options: &Options) -> String {
+    options.otlp.clone().unwrap_or_else(|| format!("http://{CONTROL}:{OTLP_PORT}"))
+}
+
+/// One of our programs, beside this one.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let here = env::current_exe()?;
+    here.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("{name} is not built; type `cargo build --workspace --bins`"))
+}
+
+pub(crate) fn at(address: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(address, port)
+}
