@@ -13,6 +13,7 @@
 //! All state is a fold over [`Record`]s, so a restart is a replay of the [`journal`]. Nothing here
 //! reads a clock or calls the cloud: timed functions take `now`, see [`Moment`].
 
+mod fold;
 pub mod journal;
 mod model;
 mod plan;

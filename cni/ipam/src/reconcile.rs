@@ -478,6 +478,7 @@ impl Pool {
             address,
             eni,
             at: now,
+            note: None,
         };
         self.commit(Record::Leased { lease }, log);
         let attachment = attachment.clone();
