@@ -2,6 +2,10 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use serde_json::Value;
+
+use crate::{Error, nft};
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
     pub packets: u64,
@@ -24,4 +28,51 @@ pub struct Counts {
     pub forward_original_offcluster: Count,
     /// A pod's source address on a socket without a recorded flow.
     pub output_unrecorded: Count,
+}
+
+/// Lists the tables. Two processes of nft, however many pods there are.
+pub(crate) fn read() -> Result<Counts, Error> {
+    let mut counts = Counts::default();
+    if let Some(listing) = nft::list(&["table", "inet", "turnpike"])? {
+        collect(&listing, &mut counts);
+    }
+    if let Some(listing) = nft::list(&["counter", "netdev", "turnpike", "spoofed"])? {
+        collect(&listing, &mut counts);
+    }
+    Ok(counts)
+}
+
+fn collect(listing: &Value, counts: &mut Counts) {
+    for object in listing["nftables"].as_array().into_iter().flatten() {
+        let counter = &object["counter"];
+        match counter["name"].as_str() {
+            Some("spoofed") => counts.spoofed = count(counter),
+            Some("forward_denied") => counts.forward_denied = count(counter),
+            Some("forward_original_offcluster") => {
+                counts.forward_original_offcluster = count(counter);
+            }
+            Some("output_unrecorded") => counts.output_unrecorded = count(counter),
+            _ => {}
+        }
+        let set = &object["set"];
+        let per_pod = match set["name"].as_str() {
+            Some("acct_dial4" | "acct_dial6") => &mut counts.dial,
+            Some("acct_inbound4" | "acct_inbound6") => &mut counts.inbound,
+            Some("acct_deny4" | "acct_deny6") => &mut counts.deny,
+            _ => continue,
+        };
+        for element in set["elem"].as_array().into_iter().flatten() {
+            let element = &element["elem"];
+            let address = element["val"].as_str().and_then(|text| text.parse().ok());
+            per_pod.extend(address.map(|address: IpAddr| (address, count(&element["counter"]))));
+        }
+    }
+}
+
+fn count(counter: &Value) -> Count {
+    let number = |name: &str| counter[name].as_u64().unwrap_or_default();
+    Count {
+        packets: number("packets"),
+        bytes: number("bytes"),
+    }
 }

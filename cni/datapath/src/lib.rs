@@ -28,12 +28,23 @@
 //! Rules are written by the `nft` executable, one transaction at a time; what arrives while it runs
 //! shares the next one.
 
+mod capture;
+mod counts;
 mod datapath;
 mod denials;
 mod error;
+mod host;
+mod links;
 mod mac;
 pub mod marks;
+mod netlink;
+mod netns;
+mod nft;
+mod node;
 pub mod plan;
+mod pod;
+mod ruleset;
+mod sysctl;
 
 pub use counts::{Count, Counts};
 pub use datapath::Datapath;
@@ -43,4 +54,3 @@ pub use mac::{InvalidMac, Mac};
 pub use plan::{
     Applied, Eni, Found, NodePlan, PodKey, PodPlan, PodPolicy, PrimaryEni, Removal, Snat,
 };
-mod counts;

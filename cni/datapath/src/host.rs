@@ -1,0 +1,137 @@
+//! The node's own end: its route netlink socket, and links deleted together.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    Error, Mac,
+    links::{self, Link},
+    netlink::{Request, Rtnl},
+};
+
+/// Callers that may wait for a deletion before the next one waits to be let in.
+const WAITING: usize = 256;
+/// Links that go together.
+const TOGETHER: usize = 64;
+/// Links on their way out are gathered in this group, which nothing else has reason to use.
+const LEAVING: u32 = 0x7470_6b65;
+
+/// The node's network. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Host {
+    rtnl: Arc<Mutex<Rtnl>>,
+    leaving: mpsc::Sender<Leaving>,
+}
+
+#[derive(Debug)]
+struct Leaving {
+    interface: String,
+    mac: Option<Mac>,
+    done: oneshot::Sender<Result<(), Error>>,
+}
+
+impl Host {
+    /// Binds to the network namespace of the runtime's threads.
+    pub(crate) async fn open() -> Result<Self, Error> {
+        let rtnl = tokio::task::spawn_blocking(Rtnl::open)
+            .await
+            .map_err(|_| Error::Closed)??;
+        let rtnl = Arc::new(Mutex::new(rtnl));
+        let (leaving, receiver) = mpsc::channel(WAITING);
+        // A socket of its own: a deletion waits for grace periods, and no ADD shall wait with it.
+        let own = tokio::task::spawn_blocking(Rtnl::open)
+            .await
+            .map_err(|_| Error::Closed)??;
+        tokio::spawn(delete_together(own, receiver));
+        Ok(Self { rtnl, leaving })
+    }
+
+    /// Talks to the kernel on a thread that may block.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Rtnl) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let rtnl = Arc::clone(&self.rtnl);
+        let task = tokio::task::spawn_blocking(move || {
+            // Answers are told apart by sequence number, so a panic in between does no harm.
+            work(&mut rtnl.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        task.await.map_err(|_| Error::Closed)?
+    }
+
+    /// Deletes the link of this name, if it has this address; one that is not there is fine.
+    ///
+    /// Alone it takes the kernel 20 ms, 34 in a group together take 33 ms, so they go together.
+    pub(crate) async fn delete(&self, interface: &str, mac: Option<Mac>) -> Result<(), Error> {
+        let (done, outcome) = oneshot::channel();
+        let leaving = Leaving {
+            interface: interface.to_owned(),
+            mac,
+            done,
+        };
+        self.leaving
+            .send(leaving)
+            .await
+            .map_err(|_| Error::Closed)?;
+        outcome.await.map_err(|_| Error::Closed)?
+    }
+}
+
+/// Ends when the last [`Host`] is gone.
+async fn delete_together(mut rtnl: Rtnl, mut receiver: mpsc::Receiver<Leaving>) {
+    let mut batch = Vec::with_capacity(TOGETHER);
+    while receiver.recv_many(&mut batch, TOGETHER).await > 0 {
+        let work = std::mem::take(&mut batch);
+        let served = tokio::task::spawn_blocking(move || {
+            serve(&mut rtnl, work);
+            rtnl
+        });
+        match served.await {
+            Ok(back) => rtnl = back,
+            Err(_) => return,
+        }
+    }
+}
+
+fn serve(rtnl: &mut Rtnl, work: Vec<Leaving>) {
+    let mut going = Vec::new();
+    for leaving in work {
+        match target(rtnl, &leaving) {
+            Ok(Some(index)) => going.push((index, leaving)),
+            Ok(None) => drop(leaving.done.send(Ok(()))),
+            Err(error) => drop(leaving.done.send(Err(error))),
+        }
+    }
+    if going.len() > 1 {
+        let mut requests: Vec<_> = going
+            .iter()
+            .map(|(index, leaving)| {
+                let step = format!("gathering {} to be deleted", leaving.interface);
+                Request::new(step, 0, links::join_group(*index, LEAVING))
+            })
+            .collect();
+        requests.push(Request::new(
+            "deleting links",
+            0,
+            links::delete_group(LEAVING),
+        ));
+        if rtnl.run(requests).is_ok() {
+            going
+                .into_iter()
+                .for_each(|(_, leaving)| drop(leaving.done.send(Ok(()))));
+            return;
+        }
+    }
+    for (index, leaving) in going {
+        let step = format!("deleting link {}", leaving.interface);
+        let request = Request::new(step, 0, links::delete(index)).fine_if(&[libc::ENODEV]);
+        let _ = leaving.done.send(rtnl.run(vec![request]));
+    }
+}
+
+fn target(rtnl: &mut Rtnl, leaving: &Leaving) -> Result<Option<u32>, Error> {
+    let found = Link::find(rtnl, &leaving.interface)?;
+    let meant = |link: &Link| leaving.mac.is_none() || link.mac == leaving.mac;
+    Ok(found.filter(meant).map(|link| link.index))
+}
