@@ -16,7 +16,7 @@ pub struct InvalidDuration(String);
 
 impl Duration {
     pub fn std(self) -> std::time::Duration {
-        self.0.into()
+        std::time::Duration::new(self.0.as_secs(), self.0.subsec_nanos())
     }
 }
 

@@ -20,23 +20,7 @@ use crate::status::PolicyStatus;
     status = "PolicyStatus",
     category = "turnpike",
     derive = "PartialEq",
-    derive = "Default",
-    printcolumn(
-        name = "Accepted",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Accepted\")].status"
-    ),
-    printcolumn(
-        name = "Programmed",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Programmed\")].status"
-    ),
-    printcolumn(name = "Proxies", type_ = "string", json_path = ".status.proxies"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    derive = "Default"
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AuthorizationPolicySpec {
@@ -47,7 +31,7 @@ pub struct AuthorizationPolicySpec {
     pub action: Action,
     /// One must match. None: an ALLOW that allows nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub rules: Vec<Rule>,
+    pub rules: Vec<CallRule>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -61,7 +45,7 @@ pub enum Action {
 /// Each list that is not empty must have a match; an empty rule matches every call.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Rule {
+pub struct CallRule {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub from: Vec<From>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

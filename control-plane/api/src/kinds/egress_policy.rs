@@ -20,23 +20,7 @@ use crate::status::PolicyStatus;
     status = "PolicyStatus",
     category = "turnpike",
     derive = "PartialEq",
-    derive = "Default",
-    printcolumn(
-        name = "Accepted",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Accepted\")].status"
-    ),
-    printcolumn(
-        name = "Programmed",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Programmed\")].status"
-    ),
-    printcolumn(name = "Proxies", type_ = "string", json_path = ".status.proxies"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    derive = "Default"
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressPolicySpec {
@@ -192,23 +176,7 @@ pub enum InboundProtocol {
     status = "PolicyStatus",
     category = "turnpike",
     derive = "PartialEq",
-    derive = "Default",
-    printcolumn(
-        name = "Accepted",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Accepted\")].status"
-    ),
-    printcolumn(
-        name = "Programmed",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Programmed\")].status"
-    ),
-    printcolumn(name = "Proxies", type_ = "string", json_path = ".status.proxies"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    derive = "Default"
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterEgressPolicySpec {

@@ -4,6 +4,11 @@
 //! What CEL can say of a valid object stands here as a rule of its CRD; [`crate::valid`] says all
 //! of it, and says more.
 
+#![expect(
+    unreachable_pub,
+    reason = "KubeSchema repeats each struct inside a function"
+)]
+
 mod authorization_policy;
 mod egress_policy;
 mod mesh_config;
