@@ -44,6 +44,9 @@ pub enum Lookup {
     Workload(Arc<Workload>),
     /// Nothing of the mesh: the egress path.
     Unknown,
+    /// An address of the mesh that nothing is known about and nobody could be asked in time. To be
+    /// refused: it may be a pod that must be spoken to in mutual TLS.
+    Unanswered,
 }
 
 /// A Service with all of its endpoints; always complete, replaced whole.

@@ -1,0 +1,310 @@
+//! The access log: one JSON object a line, with Envoy's field names.
+//!
+//! A worker formats its line and appends it to a buffer; one thread writes the buffer out, a few
+//! times a second or when it has grown, so that a request costs neither a system call nor a wait.
+
+use std::{
+    fmt,
+    io::Write,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::{Condvar, Mutex};
+use serde::{Serialize, Serializer};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::observe::{AccessRecord, Direction, HttpRecord, Refusal};
+
+/// Lines that wait to be written. Full (the reader of stdout is slow): new lines are dropped and
+/// counted.
+const MAX_BUFFERED: usize = 1024 * 1024;
+/// With this much the writer is woken at once.
+const WRITE_AT: usize = 64 * 1024;
+/// A line waits at most this long.
+const WRITE_EVERY: Duration = Duration::from_millis(100);
+
+/// The log; cheap to clone.
+#[derive(Clone)]
+pub struct AccessLog(Arc<Shared>);
+
+struct Shared {
+    buffer: Mutex<Buffer>,
+    wake: Condvar,
+    written: Condvar,
+    dropped: AtomicU64,
+}
+
+#[derive(Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    flush: bool,
+    writing: bool,
+}
+
+impl AccessLog {
+    /// Starts the thread that writes to `output`; it lives as long as the process.
+    pub fn start(output: impl Write + Send + 'static) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            buffer: Mutex::default(),
+            wake: Condvar::new(),
+            written: Condvar::new(),
+            dropped: AtomicU64::new(0),
+        });
+        let log = Self(shared.clone());
+        thread::Builder::new()
+            .name("access-log".into())
+            .spawn(move || write(&shared, output))?;
+        Ok(log)
+    }
+
+    /// Lines that found no room.
+    pub fn dropped(&self) -> u64 {
+        self.0.dropped.load(Relaxed)
+    }
+
+    /// Returns when what was logged before is written, or after a second.
+    pub fn flush(&self) {
+        let mut buffer = self.0.buffer.lock();
+        buffer.flush = true;
+        self.0.wake.notify_one();
+        let done = |buffer: &mut Buffer| !buffer.bytes.is_empty() || buffer.writing;
+        self.0
+            .written
+            .wait_while_for(&mut buffer, done, Duration::from_secs(1));
+    }
+
+    pub(super) fn record(&self, record: &AccessRecord<'_>) {
+        self.append(&Line::new(record, SystemTime::now()));
+    }
+
+    pub(super) fn refused(&self, refusal: &Refusal<'_>) {
+        self.append(&RefusedLine::new(refusal, SystemTime::now()));
+    }
+
+    fn append(&self, line: &impl Serialize) {
+        let mut bytes = Vec::with_capacity(1024);
+        if serde_json::to_writer(&mut bytes, line).is_err() {
+            // No value here can fail to be serialised; if one did, the log would say so by count.
+            self.0.dropped.fetch_add(1, Relaxed);
+            return;
+        }
+        bytes.push(b'\n');
+        let mut buffer = self.0.buffer.lock();
+        if buffer.bytes.len() + bytes.len() > MAX_BUFFERED {
+            drop(buffer);
+            self.0.dropped.fetch_add(1, Relaxed);
+            return;
+        }
+        let small = buffer.bytes.len() < WRITE_AT;
+        buffer.bytes.extend_from_slice(&bytes);
+        let wake = small && buffer.bytes.len() >= WRITE_AT;
+        drop(buffer);
+        if wake {
+            self.0.wake.notify_one();
+        }
+    }
+}
+
+impl fmt::Debug for AccessLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AccessLog({} dropped)", self.dropped())
+    }
+}
+
+fn write(shared: &Shared, mut output: impl Write) {
+    let mut lines = Vec::new();
+    loop {
+        {
+            let mut buffer = shared.buffer.lock();
+            if !buffer.flush && buffer.bytes.len() < WRITE_AT {
+                shared.wake.wait_for(&mut buffer, WRITE_EVERY);
+            }
+            buffer.flush = false;
+            buffer.writing = true;
+            std::mem::swap(&mut buffer.bytes, &mut lines);
+        }
+        if !lines.is_empty() {
+            // Nobody reads: there is no better place to complain to.
+            let _ = output.write_all(&lines).and_then(|()| output.flush());
+            lines.clear();
+            lines.shrink_to(WRITE_AT);
+        }
+        shared.buffer.lock().writing = false;
+        shared.written.notify_all();
+    }
+}
+
+/// One request or connection. Fields that do not apply are null, as Envoy writes them.
+#[derive(Serialize)]
+struct Line<'a> {
+    start_time: String,
+    direction: &'static str,
+    method: Option<&'a str>,
+    path: Option<&'a str>,
+    protocol: Option<&'static str>,
+    response_code: u16,
+    #[serde(serialize_with = "shown")]
+    response_flags: crate::observe::Flags,
+    response_code_details: Option<&'a str>,
+    grpc_status: Option<u32>,
+    bytes_received: u64,
+    bytes_sent: u64,
+    /// Milliseconds.
+    duration: u64,
+    attempts: u32,
+    user_agent: Option<String>,
+    request_id: Option<String>,
+    authority: Option<&'a str>,
+    #[serde(serialize_with = "shown_option")]
+    upstream_host: Option<std::net::SocketAddr>,
+    upstream_cluster: String,
+    route_name: Option<&'a str>,
+    #[serde(serialize_with = "shown")]
+    downstream_remote_address: std::net::SocketAddr,
+    #[serde(serialize_with = "shown")]
+    downstream_local_address: std::net::SocketAddr,
+    requested_server_name: Option<&'a str>,
+    #[serde(serialize_with = "shown_option")]
+    peer_principal: Option<&'a turnpike_rules::Identity>,
+}
+
+impl<'a> Line<'a> {
+    fn new(record: &AccessRecord<'a>, now: SystemTime) -> Self {
+        let AccessRecord {
+            direction,
+            http,
+            flags,
+            details,
+            duration,
+            received,
+            sent,
+            downstream,
+            original,
+            upstream,
+            peer,
+            service,
+            route,
+            attempts,
+            sni,
+        } = record;
+        let http = http.as_ref();
+        let port = original.port();
+        let upstream_cluster = match (direction, service) {
+            (Direction::Inbound, _) => format!("inbound|{port}||"),
+            (Direction::Outbound, Some(service)) => {
+                format!(
+                    "outbound|{port}||{}.{}.svc.cluster.local",
+                    service.name, service.namespace
+                )
+            }
+            (Direction::Outbound, None) => "PassthroughCluster".to_owned(),
+        };
+        Self {
+            start_time: timestamp(now - *duration),
+            direction: direction_name(*direction),
+            method: http.map(|http| http.method.as_str()),
+            path: http.map(path),
+            protocol: http.map(|http| protocol(http.version)),
+            response_code: http.map_or(0, |http| http.status),
+            response_flags: *flags,
+            response_code_details: *details,
+            grpc_status: http.and_then(|http| http.grpc_status),
+            bytes_received: *received,
+            bytes_sent: *sent,
+            duration: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+            attempts: *attempts,
+            user_agent: http.and_then(|http| http.user_agent).map(lossy),
+            request_id: http.and_then(|http| http.request_id).map(lossy),
+            authority: http.and_then(|http| http.host),
+            upstream_host: *upstream,
+            upstream_cluster,
+            route_name: *route,
+            downstream_remote_address: *downstream,
+            downstream_local_address: *original,
+            requested_server_name: *sni,
+            peer_principal: *peer,
+        }
+    }
+}
+
+/// Something refused at the door.
+#[derive(Serialize)]
+struct RefusedLine<'a> {
+    start_time: String,
+    direction: &'static str,
+    refused: &'static str,
+    response_code_details: &'a str,
+    #[serde(serialize_with = "shown_option")]
+    downstream_remote_address: Option<std::net::SocketAddr>,
+    #[serde(serialize_with = "shown_option")]
+    downstream_local_address: Option<std::net::SocketAddr>,
+}
+
+impl<'a> RefusedLine<'a> {
+    fn new(refusal: &Refusal<'a>, now: SystemTime) -> Self {
+        let Refusal {
+            direction,
+            reason,
+            downstream,
+            original,
+            details,
+        } = refusal;
+        Self {
+            start_time: timestamp(now),
+            direction: direction_name(*direction),
+            refused: reason.as_str(),
+            response_code_details: details,
+            downstream_remote_address: *downstream,
+            downstream_local_address: *original,
+        }
+    }
+}
+
+fn direction_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Inbound => "inbound",
+        Direction::Outbound => "outbound",
+    }
+}
+
+fn timestamp(time: SystemTime) -> String {
+    let time = OffsetDateTime::from(time);
+    let time = time.replace_millisecond(time.millisecond()).unwrap_or(time);
+    time.format(&Rfc3339).unwrap_or_default()
+}
+
+fn path<'a>(http: &HttpRecord<'a>) -> &'a str {
+    http.uri.path_and_query().map_or("", |path| path.as_str())
+}
+
+fn protocol(version: http::Version) -> &'static str {
+    match version {
+        http::Version::HTTP_10 => "HTTP/1.0",
+        http::Version::HTTP_11 => "HTTP/1.1",
+        http::Version::HTTP_2 => "HTTP/2",
+        _ => "HTTP",
+    }
+}
+
+fn lossy(value: &http::HeaderValue) -> String {
+    String::from_utf8_lossy(value.as_bytes()).into_owned()
+}
+
+fn shown<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn shown_option<S: Serializer>(
+    value: &Option<impl fmt::Display>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.collect_str(value),
+        None => serializer.serialize_none(),
+    }
+}

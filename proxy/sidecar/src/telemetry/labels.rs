@@ -1,0 +1,202 @@
+//! Istio's labels, so that its dashboards and Kiali read these metrics.
+
+use turnpike_rules::{Identity, ServiceKey, workload::SelfConfig};
+
+use crate::observe::{Direction, Flags, Labels};
+
+const UNKNOWN: &str = "unknown";
+
+/// This side of every connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    pub workload: String,
+    pub namespace: String,
+    pub principal: String,
+    pub cluster: String,
+}
+
+impl Own {
+    pub fn new(config: &SelfConfig, cluster: &str) -> Self {
+        let workload = if config.workload.is_empty() {
+            &config.name
+        } else {
+            &config.workload
+        };
+        Self {
+            workload: workload.to_string(),
+            namespace: config.namespace.to_string(),
+            principal: config.identity.to_string(),
+            cluster: cluster.to_owned(),
+        }
+    }
+}
+
+/// A label with its value.
+pub(super) type Pair = (&'static str, String);
+
+/// What the labels of a series are made of beside the two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Http {
+        status: u16,
+        grpc_status: Option<u32>,
+    },
+    Tcp,
+}
+
+/// Istio's labels of one series, in Istio's order.
+pub(super) fn pairs(own: &Own, labels: &Labels, kind: Kind, flags: Flags) -> Vec<Pair> {
+    let Labels {
+        direction,
+        peer,
+        service,
+        passthrough,
+        grpc,
+        mutual_tls,
+    } = labels;
+    let own = Side {
+        workload: own.workload.clone(),
+        namespace: own.namespace.clone(),
+        principal: own.principal.clone(),
+        cluster: own.cluster.clone(),
+    };
+    let called = Called::new(service.as_ref(), *passthrough, *direction, &own);
+    let peer = Side::peer(peer.as_ref(), service.as_ref(), *direction);
+    let (source, destination, reporter) = match direction {
+        Direction::Outbound => (own, peer, "source"),
+        Direction::Inbound => (peer, own, "destination"),
+    };
+    let mut pairs = vec![("reporter", reporter.to_owned())];
+    pairs.extend([
+        ("source_workload", source.workload.clone()),
+        ("source_canonical_service", source.workload.clone()),
+        ("source_canonical_revision", "latest".to_owned()),
+        ("source_workload_namespace", source.namespace),
+        ("source_principal", source.principal),
+        ("source_app", source.workload),
+        ("source_version", UNKNOWN.to_owned()),
+        ("source_cluster", source.cluster),
+        ("destination_workload", destination.workload.clone()),
+        ("destination_workload_namespace", destination.namespace),
+        ("destination_principal", destination.principal),
+        ("destination_app", destination.workload.clone()),
+        ("destination_version", UNKNOWN.to_owned()),
+        ("destination_service", called.host),
+        ("destination_canonical_service", destination.workload),
+        ("destination_canonical_revision", "latest".to_owned()),
+        ("destination_service_name", called.name),
+        ("destination_service_namespace", called.namespace),
+        ("destination_cluster", destination.cluster),
+    ]);
+    let protocol = match kind {
+        Kind::Http { .. } if *grpc => "grpc",
+        Kind::Http { .. } => "http",
+        Kind::Tcp => "tcp",
+    };
+    pairs.push(("request_protocol", protocol.to_owned()));
+    if let Kind::Http {
+        status,
+        grpc_status,
+    } = kind
+    {
+        pairs.push(("response_code", status.to_string()));
+        let grpc_status = grpc_status
+            .map(|status| status.to_string())
+            .unwrap_or_default();
+        pairs.push(("grpc_response_status", grpc_status));
+    }
+    pairs.push(("response_flags", flags.to_string()));
+    let security = match (direction, mutual_tls) {
+        // Only the callee can tell, says Istio.
+        (Direction::Outbound, _) => UNKNOWN,
+        (Direction::Inbound, true) => "mutual_tls",
+        (Direction::Inbound, false) => "none",
+    };
+    pairs.push(("connection_security_policy", security.to_owned()));
+    pairs
+}
+
+/// The one series that takes what would be too many.
+pub(super) fn overflow(reporter: Direction) -> Vec<Pair> {
+    let reporter = match reporter {
+        Direction::Outbound => "source",
+        Direction::Inbound => "destination",
+    };
+    vec![
+        ("reporter", reporter.to_owned()),
+        ("overflow", "true".to_owned()),
+    ]
+}
+
+struct Side {
+    workload: String,
+    namespace: String,
+    principal: String,
+    cluster: String,
+}
+
+impl Side {
+    /// The other side, by its certificate. What a certificate does not say stays unknown, but for
+    /// a callee, whose Service stands for its workload.
+    fn peer(
+        identity: Option<&Identity>,
+        service: Option<&ServiceKey>,
+        direction: Direction,
+    ) -> Self {
+        let service = service.filter(|_| direction == Direction::Outbound);
+        let unknown = || UNKNOWN.to_owned();
+        let namespace = identity
+            .map(Identity::namespace)
+            .or(service.map(|service| &*service.namespace))
+            .map_or_else(unknown, str::to_owned);
+        Self {
+            workload: match (service, identity) {
+                (Some(service), _) => service.name.to_string(),
+                (None, Some(identity)) => identity.service_account().to_owned(),
+                (None, None) => unknown(),
+            },
+            namespace,
+            principal: identity.map_or_else(unknown, ToString::to_string),
+            cluster: service.map_or_else(unknown, |service| service.cluster.to_string()),
+        }
+    }
+}
+
+/// The Service that was called.
+struct Called {
+    host: String,
+    name: String,
+    namespace: String,
+}
+
+impl Called {
+    fn new(
+        service: Option<&ServiceKey>,
+        passthrough: bool,
+        direction: Direction,
+        own: &Side,
+    ) -> Self {
+        match service {
+            Some(ServiceKey {
+                namespace, name, ..
+            }) => Self {
+                host: format!("{name}.{namespace}.svc.cluster.local"),
+                name: name.to_string(),
+                namespace: namespace.to_string(),
+            },
+            None if passthrough => Self {
+                host: UNKNOWN.to_owned(),
+                name: "PassthroughCluster".to_owned(),
+                namespace: UNKNOWN.to_owned(),
+            },
+            None => Self {
+                host: UNKNOWN.to_owned(),
+                name: UNKNOWN.to_owned(),
+                namespace: match direction {
+                    Direction::Inbound => own.namespace.clone(),
+                    Direction::Outbound => UNKNOWN.to_owned(),
+                },
+            },
+        }
+    }
+}
