@@ -1,0 +1,3 @@
+//! The mesh's own configuration.
+
+pub(crate) use turnpike_api::valid::MeshSettings as Mesh;

@@ -1,0 +1,112 @@
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::{
+    facts::{pod::Pod, policy::TrafficDefaults},
+    index::Index,
+    key::{Birth, Key},
+    selector::{Selector, Selectors},
+};
+
+/// A policy that selects pods by their labels.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Selected<P> {
+    pub(crate) key: Key,
+    pub(crate) birth: Birth,
+    /// Where it selects; `None` for the whole mesh.
+    pub(crate) scope: Option<Arc<str>>,
+    pub(crate) selector: Selector,
+    pub(crate) content: P,
+}
+
+#[derive(Debug)]
+pub(crate) struct Policies<P> {
+    by_key: BTreeMap<Key, Arc<Selected<P>>>,
+    selectors: Selectors<Key>,
+}
+
+impl<P> Default for Policies<P> {
+    fn default() -> Self {
+        Self {
+            by_key: BTreeMap::new(),
+            selectors: Selectors::default(),
+        }
+    }
+}
+
+impl<P> Policies<P> {
+    /// Returns what was there before.
+    pub(crate) fn replace(
+        &mut self,
+        key: &Key,
+        new: Option<Arc<Selected<P>>>,
+    ) -> Option<Arc<Selected<P>>> {
+        let old = self.by_key.remove(key);
+        self.selectors.remove(key);
+        if let Some(new) = new {
+            self.selectors
+                .insert(key.clone(), new.scope.clone(), new.selector.clone());
+            self.by_key.insert(key.clone(), new);
+        }
+        old
+    }
+
+    pub(crate) fn get(&self, key: &Key) -> Option<&Arc<Selected<P>>> {
+        self.by_key.get(key)
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Selected<P>>> {
+        self.by_key.values()
+    }
+
+    /// Those that select a pod, the oldest first.
+    pub(crate) fn selecting(&self, pod: &Pod) -> Vec<&Arc<Selected<P>>> {
+        let keys = self.selectors.matching(&pod.key.namespace, &pod.labels);
+        let mut found: Vec<_> = keys.iter().filter_map(|key| self.by_key.get(key)).collect();
+        found.sort_by_key(|policy| (policy.birth, &policy.key));
+        found
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct TrafficPolicies {
+    by_key: BTreeMap<Key, Arc<TrafficDefaults>>,
+    by_target: Index<Key>,
+}
+
+impl TrafficPolicies {
+    /// Returns what was there before.
+    pub(crate) fn replace(
+        &mut self,
+        key: &Key,
+        new: Option<Arc<TrafficDefaults>>,
+    ) -> Option<Arc<TrafficDefaults>> {
+        let old = self.by_key.remove(key);
+        for target in old.iter().flat_map(|old| &old.targets) {
+            self.by_target.remove(target, key);
+        }
+        if let Some(new) = new {
+            new.targets
+                .iter()
+                .for_each(|target| self.by_target.add(target.clone(), key));
+            self.by_key.insert(key.clone(), new);
+        }
+        old
+    }
+
+    pub(crate) fn get(&self, key: &Key) -> Option<&Arc<TrafficDefaults>> {
+        self.by_key.get(key)
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<TrafficDefaults>> {
+        self.by_key.values()
+    }
+
+    /// The one that holds for a Service: of several the oldest.
+    pub(crate) fn holding(&self, service: &Key) -> Option<&Arc<TrafficDefaults>> {
+        let policies = self
+            .by_target
+            .get(service)
+            .filter_map(|key| self.by_key.get(key));
+        policies.min_by_key(|policy| (policy.birth, &policy.key))
+    }
+}
