@@ -1,2 +1,200 @@
-//! To be written.
-fn main() {}
+//! `turnpike-gate`: binds, gives up its privileges, serves until SIGTERM.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use turnpike_certs::CredentialStore;
+use turnpike_gate::{
+    app::{Gate, GateConfig, Sources},
+    dns::DnsConfig,
+    door::DoorConfig,
+    listen::{self, Sockets},
+    privileges,
+    spool::SpoolConfig,
+    state::PodLimits,
+    upload::UploadConfig,
+};
+use turnpike_rules::{Identity, host::HostName};
+use turnpike_wire::channel::Controller;
+
+/// The node's egress gate.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    #[arg(long, env = "TURNPIKE_NODE_NAME")]
+    node_name: String,
+    #[arg(long, env = "TURNPIKE_CLUSTER", default_value = "cluster")]
+    cluster: String,
+    #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
+    trust_domain: String,
+    /// host:port
+    #[arg(long, env = "TURNPIKE_CONTROLLER")]
+    controller: String,
+    #[arg(
+        long,
+        env = "TURNPIKE_CONTROLLER_NAME",
+        default_value = "turnpike-controller.turnpike-system.svc"
+    )]
+    controller_name: String,
+    #[arg(long, env = "TURNPIKE_TOKEN_FILE")]
+    token_file: PathBuf,
+    #[arg(long, env = "TURNPIKE_ROOT_FILE")]
+    root_file: PathBuf,
+    /// The agent's feed
+    #[arg(long, env = "TURNPIKE_FEED_SOCKET")]
+    feed_socket: PathBuf,
+    /// Where the record and the last policy are kept
+    #[arg(long, env = "TURNPIKE_SPOOL_DIR")]
+    spool_dir: PathBuf,
+    /// The record never takes more than this on disk; then new egress is denied
+    #[arg(long, env = "TURNPIKE_SPOOL_MAX_BYTES", default_value_t = 1 << 30)]
+    spool_max_bytes: u64,
+    #[arg(long, env = "TURNPIKE_DOOR", default_value_t = 15002)]
+    door: u16,
+    #[arg(
+        long,
+        env = "TURNPIKE_DNS_LISTEN",
+        value_delimiter = ',',
+        default_value = "169.254.20.10,fd00:20::10"
+    )]
+    dns_listen: Vec<IpAddr>,
+    /// IP or IP:port of the VPC's resolver
+    #[arg(long, env = "TURNPIKE_UPSTREAM_DNS", value_parser = server)]
+    upstream_dns: SocketAddr,
+    /// IP or IP:port of the cluster's DNS
+    #[arg(long, env = "TURNPIKE_CLUSTER_DNS", value_parser = server)]
+    cluster_dns: SocketAddr,
+    #[arg(long, env = "TURNPIKE_CLUSTER_DOMAIN", default_value = "cluster.local")]
+    cluster_domain: HostName,
+    /// Further domains in the pods' search lists, such as eu-west-1.compute.internal
+    #[arg(long, env = "TURNPIKE_SEARCH_DOMAINS", value_delimiter = ',')]
+    search_domains: Vec<HostName>,
+    /// host:port of the central record; without it entries stay in the spool
+    #[arg(long, env = "TURNPIKE_AUDIT")]
+    audit: Option<String>,
+    #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15022")]
+    http: SocketAddr,
+    #[arg(long, env = "TURNPIKE_UID", default_value_t = 1338)]
+    uid: u32,
+    /// Seconds that connections may go on for after SIGTERM
+    #[arg(long, env = "TURNPIKE_DRAIN_SECONDS", default_value_t = 20)]
+    drain_seconds: u64,
+}
+
+/// An address, with port 53 where none is given.
+fn server(text: &str) -> Result<SocketAddr, String> {
+    let bare = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+    bare.or_else(|_| text.parse())
+        .map_err(|_| format!("`{text}` is neither IP nor IP:port"))
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    log();
+    let dns: Vec<_> = args
+        .dns_listen
+        .iter()
+        .copied()
+        .filter(|ip| usable(*ip))
+        .collect();
+    let sockets = listen::bind(args.door, &dns, args.http)?;
+    own(&args.spool_dir, args.uid)?;
+    privileges::drop_to(args.uid)?;
+    // Threads from here on: capabilities belong to threads.
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(run(args, sockets))
+}
+
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if std::env::var("TURNPIKE_LOG").is_ok_and(|format| format == "json") {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+}
+
+/// A node without IPv6 has no IPv6 resolver address; that is no reason not to start.
+fn usable(ip: IpAddr) -> bool {
+    ip.is_ipv4() || std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
+}
+
+/// The record's folder belongs to the user that the gate becomes.
+fn own(dir: &Path, uid: u32) -> anyhow::Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    if nix::unistd::geteuid().is_root() {
+        let chown = |path: &Path| {
+            std::os::unix::fs::chown(path, Some(uid), Some(uid))
+                .with_context(|| format!("giving {} to user {uid}", path.display()))
+        };
+        chown(dir)?;
+        for file in std::fs::read_dir(dir)? {
+            chown(&file?.path())?;
+        }
+    }
+    Ok(())
+}
+
+async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
+    let system = |account: &str| Identity::new(&args.trust_domain, "turnpike-system", account);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut spool = SpoolConfig::new(&args.spool_dir, &args.node_name);
+    spool.max_bytes = args.spool_max_bytes;
+    let config = GateConfig {
+        node: args.node_name.clone(),
+        spool,
+        dns: DnsConfig {
+            upstream: args.upstream_dns,
+            cluster: args.cluster_dns,
+            cluster_domain: args.cluster_domain,
+            search_domains: args.search_domains,
+        },
+        door: DoorConfig::default(),
+        drain: Duration::from_secs(args.drain_seconds),
+    };
+    let sources = Sources {
+        cluster: args.cluster,
+        controller: Controller {
+            address: args.controller,
+            server_name: args.controller_name,
+            root_file: args.root_file,
+            token_file: args.token_file,
+        },
+        identity: system("turnpike-gate")?,
+        feed_socket: args.feed_socket,
+        audit: match args.audit {
+            Some(address) => Some(UploadConfig {
+                address,
+                identity: system("turnpike-audit")?,
+                node: args.node_name,
+                spool_dir: args.spool_dir,
+            }),
+            None => None,
+        },
+    };
+    let credentials: Arc<CredentialStore> = CredentialStore::empty();
+    let gate = Gate::start(config, PodLimits::default(), credentials, sockets).await?;
+    gate.follow(sources);
+    tracing::info!("the gate is open");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    gate.stop().await;
+    Ok(())
+}

@@ -1,0 +1,268 @@
+//! The composition: from bound sockets and configuration to a running gate, and its end.
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use turnpike_certs::CredentialStore;
+use turnpike_rules::{
+    Identity,
+    pod::{Members, PodEgress},
+};
+use turnpike_wire::{
+    ads::{self, ClientConfig, Subscription},
+    ca_client,
+    channel::Controller,
+    names::WILDCARD,
+    resource::Resource,
+};
+
+use crate::{
+    admin,
+    control::Control,
+    dns::{self, DnsConfig, Resolver},
+    door::{
+        Door, DoorConfig,
+        accept::{self, Stops},
+    },
+    feed,
+    listen::Sockets,
+    metrics::Metrics,
+    spool::{SpoolConfig, StoreError, Writer},
+    state::{Owner, PodLimits, State},
+    upload::{self, UploadConfig},
+};
+
+/// All that the gate needs to know at its start.
+#[derive(Clone, Debug)]
+pub struct GateConfig {
+    pub node: String,
+    pub spool: SpoolConfig,
+    pub dns: DnsConfig,
+    pub door: DoorConfig,
+    /// Connections may go on for this long after SIGTERM.
+    pub drain: Duration,
+}
+
+/// Where what the gate knows comes from.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    pub cluster: String,
+    pub controller: Controller,
+    pub identity: Identity,
+    pub feed_socket: PathBuf,
+    /// None: entries stay in the spool.
+    pub audit: Option<UploadConfig>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("a socket cannot be used: {0}")]
+    Socket(#[from] io::Error),
+}
+
+/// A gate that takes connections. Its parts are owned here: [`Gate::stop`] ends them in order.
+#[derive(Debug)]
+pub struct Gate {
+    pub state: State,
+    pub owner: Arc<Owner>,
+    pub metrics: Arc<Metrics>,
+    pub credentials: Arc<CredentialStore>,
+    config: GateConfig,
+    spool: crate::spool::Spool,
+    connections: TaskTracker,
+    stops: Stops,
+    /// Sources, DNS, metrics: end when no connection is left.
+    services: TaskTracker,
+    services_stop: CancellationToken,
+    writer: tokio::task::JoinHandle<()>,
+    writer_stop: CancellationToken,
+}
+
+impl Gate {
+    /// Opens the spool and serves on `sockets`. Until something is told to [`Gate::owner`], by
+    /// [`Gate::follow`] or by the caller, every pod is unknown and refused.
+    pub async fn start(
+        config: GateConfig,
+        limits: PodLimits,
+        credentials: Arc<CredentialStore>,
+        sockets: Sockets,
+    ) -> Result<Self, StartError> {
+        sockets.set_nonblocking()?;
+        let metrics = Arc::new(Metrics::default());
+        let (owner, state) = Owner::new(limits);
+        let (writer, spool) =
+            Writer::open(config.spool.clone(), credentials.clone(), metrics.clone()).await?;
+        let writer_stop = CancellationToken::new();
+        let writer = tokio::spawn(writer.run(writer_stop.clone()));
+        let gate = Self {
+            state,
+            owner,
+            metrics,
+            credentials,
+            config,
+            spool,
+            connections: TaskTracker::new(),
+            stops: Stops::default(),
+            services: TaskTracker::new(),
+            services_stop: CancellationToken::new(),
+            writer,
+            writer_stop,
+        };
+        gate.serve(sockets)?;
+        Ok(gate)
+    }
+
+    fn serve(&self, sockets: Sockets) -> io::Result<()> {
+        let Sockets {
+            door,
+            dns_udp,
+            dns_tcp,
+            http,
+        } = sockets;
+        let shared = Arc::new(Door {
+            config: self.config.door,
+            state: self.state.clone(),
+            spool: self.spool.clone(),
+            metrics: self.metrics.clone(),
+        });
+        for listener in door {
+            let listener = TcpListener::from_std(listener)?;
+            let serving = accept::serve(
+                listener,
+                shared.clone(),
+                self.connections.clone(),
+                self.stops.clone(),
+            );
+            self.services.spawn(serving);
+        }
+        let resolver = Arc::new(Resolver::new(
+            self.config.dns.clone(),
+            self.state.clone(),
+            self.spool.clone(),
+            self.metrics.clone(),
+        ));
+        let (tasks, stop) = (self.services.clone(), self.services_stop.clone());
+        for socket in dns_udp {
+            let socket = UdpSocket::from_std(socket)?;
+            let serving =
+                dns::server::serve_udp(socket, resolver.clone(), tasks.clone(), stop.clone());
+            self.services.spawn(serving);
+        }
+        for listener in dns_tcp {
+            let listener = TcpListener::from_std(listener)?;
+            let serving =
+                dns::server::serve_tcp(listener, resolver.clone(), tasks.clone(), stop.clone());
+            self.services.spawn(serving);
+        }
+        let http = TcpListener::from_std(http)?;
+        self.services.spawn(admin::serve(
+            http,
+            self.state.clone(),
+            self.metrics.clone(),
+            tasks,
+            stop,
+        ));
+        Ok(())
+    }
+
+    /// Follows controller, CA, agent and central record.
+    pub fn follow(&self, sources: Sources) {
+        let Sources {
+            cluster,
+            controller,
+            identity,
+            feed_socket,
+            audit,
+        } = sources;
+        let control = Control::restore(
+            &self.config.spool.dir,
+            self.owner.clone(),
+            self.metrics.clone(),
+        );
+        let (subscriptions, receiver) = mpsc::channel(2);
+        for type_url in [PodEgress::TYPE_URL, Members::TYPE_URL] {
+            let all = Subscription::subscribe(type_url, [WILDCARD]);
+            subscriptions
+                .try_send(all)
+                .expect("the channel was made with room for both");
+        }
+        let ads_config = ClientConfig::new(self.config.node.clone(), cluster);
+        let ads_controller = controller.clone();
+        self.background(async move {
+            // Dropped, it would end the client.
+            let _subscriptions = subscriptions;
+            ads::run(ads_config, ads_controller, receiver, control).await;
+        });
+        self.background(ca_client::keep_fresh(
+            controller,
+            identity,
+            self.credentials.clone(),
+        ));
+        let (owner, state, spool) = (self.owner.clone(), self.state.clone(), self.spool.clone());
+        self.background(feed::follow(feed_socket, owner, state, spool));
+        if let Some(config) = audit {
+            let (credentials, spool) = (self.credentials.clone(), self.spool.clone());
+            let metrics = self.metrics.clone();
+            self.background(upload::upload(config, credentials, spool, metrics));
+        }
+    }
+
+    fn background(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.services_stop.clone();
+        self.services.spawn(async move {
+            tokio::select! {
+                () = work => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    /// Takes nothing new, lets connections finish up to the deadline, cuts the rest, and seals the
+    /// record.
+    pub async fn stop(self) {
+        let Self {
+            config,
+            connections,
+            stops,
+            services,
+            services_stop,
+            writer,
+            writer_stop,
+            ..
+        } = self;
+        stops.accepting.cancel();
+        connections.close();
+        if timeout(config.drain, connections.wait()).await.is_err() {
+            tracing::info!(
+                connections = connections.len(),
+                "cutting what has not finished"
+            );
+            stops.deadline.cancel();
+            if timeout(Duration::from_secs(5), connections.wait())
+                .await
+                .is_err()
+            {
+                tracing::warn!("connections did not end; they are lost on record");
+            }
+        }
+        services_stop.cancel();
+        services.close();
+        if timeout(Duration::from_secs(5), services.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("some tasks did not end in time");
+        }
+        writer_stop.cancel();
+        if let Err(error) = writer.await {
+            tracing::error!(%error, "the record's writer failed");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What the controller says: the egress rules of this node's pods, and the cluster's addresses.
+//!
+//! The last of it is kept on disk, so that a gate that starts while the controller is away goes on
+//! with what was in force. Nothing in it is secret.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde::{Deserialize, Serialize};
+use turnpike_rules::pod::{Members, PodEgress};
+use turnpike_wire::{
+    ads::{Added, Handler, Update},
+    resource::Resource,
+};
+
+use crate::{
+    metrics::Metrics,
+    state::{Change, Owner},
+};
+
+const FILE: &str = "policy.json";
+
+/// The last state received, in wire form.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Snapshot {
+    /// Base64 by name.
+    egress: BTreeMap<String, String>,
+    members: BTreeMap<String, String>,
+}
+
+/// Takes updates from the controller and keeps the snapshot.
+#[derive(Debug)]
+pub struct Control {
+    owner: Arc<Owner>,
+    metrics: Arc<Metrics>,
+    path: PathBuf,
+    snapshot: Snapshot,
+}
+
+impl Control {
+    /// Begins with the snapshot in `dir`, if there is a good one.
+    pub fn restore(dir: &Path, owner: Arc<Owner>, metrics: Arc<Metrics>) -> Self {
+        let path = dir.join(FILE);
+        let mut control = Self {
+            owner,
+            metrics,
+            path,
+            snapshot: Snapshot::default(),
+        };
+        match control.read() {
+            Ok(Some(snapshot)) => control.adopt(snapshot),
+            Ok(None) => {}
+            Err(error) => {
+                let path = control.path.display();
+                tracing::warn!(%path, error, "no usable snapshot; waiting for the controller");
+            }
+        }
+        control
+    }
+
+    fn read(&self) -> Result<Option<Snapshot>, String> {
+        match fs::read(&self.path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|e| e.to_string()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn adopt(&mut self, snapshot: Snapshot) {
+        let update = |type_url: &str, resources: &BTreeMap<String, String>| Update {
+            type_url: type_url.into(),
+            added: resources
+                .iter()
+                .filter_map(|(name, text)| {
+                    let bytes = BASE64_STANDARD.decode(text).ok()?;
+                    Some(Added {
+                        name: name.clone(),
+                        version: String::new(),
+                        bytes,
+                    })
+                })
+                .collect(),
+            removed: vec![],
+        };
+        for update in [
+            update(Members::TYPE_URL, &snapshot.members),
+            update(PodEgress::TYPE_URL, &snapshot.egress),
+        ] {
+            if let Err(error) = self.take(update) {
+                tracing::warn!(error, "part of the snapshot cannot be used");
+            }
+        }
+        tracing::info!(
+            pods = self.snapshot.egress.len(),
+            "policy restored from the snapshot"
+        );
+        self.owner.apply(Change::PoliciesKnown);
+    }
+
+    fn take(&mut self, update: Update) -> Result<(), String> {
+        let Update {
+            type_url,
+            added,
+            removed,
+        } = update;
+        let keep = |kept: &mut BTreeMap<String, String>| {
+            for name in &removed {
+                kept.remove(name);
+            }
+            for Added { name, bytes, .. } in &added {
+                kept.insert(name.clone(), BASE64_STANDARD.encode(bytes));
+            }
+        };
+        if type_url == PodEgress::TYPE_URL {
+            let decoded = decode::<PodEgress>(&added)?;
+            keep(&mut self.snapshot.egress);
+            let removed = removed.iter().filter_map(|name| pod_of(name)).collect();
+            let added = decoded.into_iter().map(|(_, egress)| egress).collect();
+            self.owner.apply(Change::Policies { added, removed });
+        } else if type_url == Members::TYPE_URL {
+            let decoded = decode::<Members>(&added)?;
+            keep(&mut self.snapshot.members);
+            self.owner.apply(Change::Members {
+                added: decoded,
+                removed,
+            });
+        } else {
+            return Err(format!("the gate did not ask for {type_url}"));
+        }
+        self.metrics.policy_updates.inc();
+        Ok(())
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let bytes = serde_json::to_vec(&self.snapshot).map_err(io::Error::other)?;
+        let temporary = self.path.with_extension("new");
+        fs::write(&temporary, bytes)?;
+        fs::rename(&temporary, &self.path)
+    }
+}
+
+impl Handler for Control {
+    fn apply(&mut self, update: Update) -> Result<(), String> {
+        let policies = update.type_url == PodEgress::TYPE_URL;
+        self.take(update)?;
+        if policies {
+            self.owner.apply(Change::PoliciesKnown);
+        }
+        if let Err(error) = self.write() {
+            tracing::warn!(%error, path = %self.path.display(), "the snapshot was not written");
+        }
+        Ok(())
+    }
+}
+
+fn decode<R: Resource>(added: &[Added]) -> Result<Vec<(String, R)>, String> {
+    let one = |added: &Added| match R::decode(&added.name, &added.bytes) {
+        Ok(resource) => Ok((added.name.clone(), resource)),
+        Err(error) => Err(error.to_string()),
+    };
+    added.iter().map(one).collect()
+}
+
+/// `namespace/name` of `cluster/namespace/name`.
+fn pod_of(resource: &str) -> Option<String> {
+    resource.split_once('/').map(|(_, pod)| pod.to_owned())
+}

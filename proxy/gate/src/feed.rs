@@ -1,0 +1,184 @@
+//! The agent's feed: which pod has which address, and what the node's rules refused.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt;
+use hyper_util::rt::TokioIo;
+use tokio::{net::UnixStream, time::sleep};
+use tonic::transport::{Channel, Endpoint};
+use turnpike_ledger::{
+    Event,
+    record::{Attempt, Protocol, Verdict},
+};
+use turnpike_wire::{
+    backoff::Backoff,
+    node::{Denied, FeedEvent, LocalPod, WatchRequest, feed_client::FeedClient, feed_event},
+};
+
+use crate::{
+    spool::Spool,
+    state::{Change, Owner, PodInfo, State},
+};
+
+#[derive(Debug, thiserror::Error)]
+enum FeedError {
+    #[error("cannot connect: {0}")]
+    Connect(#[from] tonic::transport::Error),
+    #[error("{0}")]
+    Status(#[from] tonic::Status),
+    #[error("the agent ended the feed")]
+    Ended,
+}
+
+/// Follows the feed for as long as it is polled. While the agent is away, what is known stays.
+pub async fn follow(socket: PathBuf, owner: Arc<Owner>, state: State, spool: Spool) {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    loop {
+        let mut received = false;
+        let Err(error) = watch(&socket, &owner, &state, &spool, &mut received).await;
+        if received {
+            backoff.reset();
+        }
+        let pause = backoff.next_pause();
+        tracing::warn!(%error, socket = %socket.display(), "the agent's feed is away");
+        sleep(pause).await;
+    }
+}
+
+async fn watch(
+    socket: &std::path::Path,
+    owner: &Owner,
+    state: &State,
+    spool: &Spool,
+    received: &mut bool,
+) -> Result<std::convert::Infallible, FeedError> {
+    let mut client = FeedClient::new(connect(socket.to_owned()).await?);
+    let mut events = client.watch(WatchRequest {}).await?.into_inner();
+    owner.apply(Change::FeedStarted);
+    while let Some(event) = events.next().await {
+        *received = true;
+        apply(event?, owner, state, spool);
+    }
+    Err(FeedError::Ended)
+}
+
+async fn connect(path: PathBuf) -> Result<Channel, tonic::transport::Error> {
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The address is for the protocol's sake; the connector knows where to go.
+    Endpoint::from_static("http://agent")
+        .connect_with_connector(connector)
+        .await
+}
+
+fn apply(event: FeedEvent, owner: &Owner, state: &State, spool: &Spool) {
+    match event.event {
+        Some(feed_event::Event::Added(pod)) => {
+            if let Some(info) = pod_info(pod) {
+                owner.apply(Change::PodAdded(info));
+            }
+        }
+        Some(feed_event::Event::Removed(pod)) => {
+            let addresses = addresses(&pod.addresses).unwrap_or_default();
+            owner.apply(Change::PodRemoved {
+                container_id: pod.container_id,
+                addresses,
+            });
+        }
+        Some(feed_event::Event::Synced(_)) => owner.apply(Change::FeedSynced),
+        Some(feed_event::Event::Denied(denied)) => record(denied, state, spool),
+        // From a later agent.
+        None => {}
+    }
+}
+
+fn pod_info(pod: LocalPod) -> Option<PodInfo> {
+    let LocalPod {
+        uid,
+        namespace,
+        name,
+        container_id,
+        addresses: raw,
+        selected,
+        ..
+    } = pod;
+    let Some(addresses) = addresses(&raw) else {
+        tracing::error!(
+            namespace,
+            name,
+            "the feed gives a pod an address of no family: left out"
+        );
+        return None;
+    };
+    Some(PodInfo {
+        uid,
+        namespace,
+        name,
+        container_id,
+        addresses,
+        selected,
+    })
+}
+
+/// A packet that the node's rules refused, put on record for the pod that has its source.
+fn record(denied: Denied, state: &State, spool: &Spool) {
+    let (Some(source), Some(destination)) = (address(&denied.source), address(&denied.destination))
+    else {
+        return spool.drop_one();
+    };
+    let standing = state.view().standing(source);
+    let now = Instant::now();
+    if !standing
+        .pod()
+        .is_none_or(|pod| pod.runtime.may_record_denial(now))
+    {
+        return spool.drop_one();
+    }
+    let port = |port: u32| u16::try_from(port).unwrap_or(0);
+    spool.note(Event::Denied(Attempt {
+        connection: String::new(),
+        pod: standing.recorded(),
+        source: SocketAddr::new(source, port(denied.source_port)),
+        destination: SocketAddr::new(destination, port(denied.destination_port)),
+        protocol: match denied.protocol {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            1 | 58 => Protocol::Icmp,
+            _ => Protocol::Other,
+        },
+        verdict: Verdict::Denied,
+        reason: Some(format!(
+            "refused by the node's rules at {} (IP protocol {})",
+            denied.interface, denied.protocol
+        )),
+        rule: None,
+        name: None,
+        answer_chain: vec![],
+        claimed: None,
+        request: None,
+        assurance: None,
+        count: denied.count.max(1),
+    }));
+}
+
+/// None where one of them is no address.
+fn addresses(raw: &[Vec<u8>]) -> Option<Vec<IpAddr>> {
+    raw.iter().map(|bytes| address(bytes)).collect()
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        16 => <[u8; 16]>::try_from(bytes)
+            .ok()
+            .map(|b| IpAddr::from(b).to_canonical()),
+        _ => None,
+    }
+}

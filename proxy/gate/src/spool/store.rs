@@ -1,0 +1,260 @@
+//! The SQLite file under the spool.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use sqlx::{
+    Connection, QueryBuilder, Row, Sqlite, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use turnpike_ledger::{Entry, Head, Record};
+
+const FILE: &str = "record.sqlite";
+const LOCK: &str = "record.lock";
+const PAGE: u64 = 4096;
+
+const SCHEMA: &str = "
+    CREATE TABLE IF NOT EXISTS entries (
+        sequence INTEGER PRIMARY KEY, body BLOB NOT NULL, hash BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE IF NOT EXISTS live (connection TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value ANY) STRICT, WITHOUT ROWID;
+";
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{path}: {source}")]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{0} is in use by another gate")]
+    InUse(PathBuf),
+    #[error("the spool's database: {0}")]
+    Database(#[from] sqlx::Error),
+    #[error(
+        "{path} holds the chain of node {found:?}, but this is node {node:?}; give each node a \
+         --spool-dir of its own"
+    )]
+    OtherNode {
+        path: PathBuf,
+        found: String,
+        node: String,
+    },
+    #[error(
+        "{path}: entry {sequence} does not follow from the entry before it; the chain was changed. \
+         Keep the file as evidence and start with an empty --spool-dir"
+    )]
+    Broken { path: PathBuf, sequence: u64 },
+}
+
+/// The writing connection. The lock file keeps a second gate off the same chain.
+pub(super) struct Store {
+    connection: SqliteConnection,
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// What one commit changes.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) entries: Vec<Entry>,
+    pub(super) opened: Vec<String>,
+    pub(super) ended: Vec<String>,
+}
+
+impl Store {
+    /// Opens or begins the chain and returns where it stands.
+    pub(super) async fn open(
+        dir: &Path,
+        node: &str,
+        max_bytes: u64,
+    ) -> Result<(Self, Head), StoreError> {
+        let lock = lock(&dir.join(LOCK))?;
+        let path = dir.join(FILE);
+        let options = SqliteConnectOptions::new()
+            .filename(&path)
+            .create_if_missing(true)
+            .page_size(u32::try_from(PAGE).expect("a small constant"))
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .pragma("max_page_count", (max_bytes / PAGE).max(16).to_string())
+            .busy_timeout(Duration::from_secs(5));
+        let mut connection = SqliteConnection::connect_with(&options).await?;
+        sqlx::raw_sql(SCHEMA).execute(&mut connection).await?;
+        let mut store = Self {
+            connection,
+            path,
+            _lock: lock,
+        };
+        store.check_node(node).await?;
+        let head = store.head(node).await?;
+        Ok((store, head))
+    }
+
+    async fn check_node(&mut self, node: &str) -> Result<(), StoreError> {
+        sqlx::query("INSERT INTO meta (name, value) VALUES ('node', ?) ON CONFLICT DO NOTHING")
+            .bind(node)
+            .execute(&mut self.connection)
+            .await?;
+        let found: String = sqlx::query_scalar("SELECT value FROM meta WHERE name = 'node'")
+            .fetch_one(&mut self.connection)
+            .await?;
+        if found == node {
+            return Ok(());
+        }
+        Err(StoreError::OtherNode {
+            path: self.path.clone(),
+            found,
+            node: node.to_owned(),
+        })
+    }
+
+    /// The last entry, after a look at whether it follows from the one before.
+    async fn head(&mut self, node: &str) -> Result<Head, StoreError> {
+        let rows = sqlx::query("SELECT * FROM entries ORDER BY sequence DESC LIMIT 2")
+            .fetch_all(&mut self.connection)
+            .await?;
+        let entries = rows.iter().map(entry).collect::<Result<Vec<_>, _>>()?;
+        let before = match entries.get(1) {
+            Some(before) => before.head(),
+            None => Head::genesis(node),
+        };
+        let Some(last) = entries.first() else {
+            return Ok(before);
+        };
+        // A pruned chain may have a single entry left, whose predecessor is gone.
+        let alone = entries.len() == 1 && last.sequence > 1;
+        let follows =
+            last.sequence == before.sequence + 1 && before.next_hash(&last.body) == last.hash;
+        if alone || follows {
+            return Ok(last.head());
+        }
+        Err(StoreError::Broken {
+            path: self.path.clone(),
+            sequence: last.sequence,
+        })
+    }
+
+    /// Connections that were open when the writer last stopped.
+    pub(super) async fn live(&mut self) -> Result<Vec<String>, StoreError> {
+        let query = sqlx::query_scalar("SELECT connection FROM live ORDER BY connection");
+        Ok(query.fetch_all(&mut self.connection).await?)
+    }
+
+    /// All of the batch or none of it, on disk when this returns.
+    pub(super) async fn commit(&mut self, batch: &Batch) -> Result<(), StoreError> {
+        let mut transaction = self.connection.begin_with("BEGIN IMMEDIATE").await?;
+        for entries in batch.entries.chunks(1000) {
+            let mut insert =
+                QueryBuilder::<Sqlite>::new("INSERT INTO entries (sequence, body, hash) ");
+            insert.push_values(entries, |mut row, entry| {
+                row.push_bind(i64::try_from(entry.sequence).unwrap_or(i64::MAX))
+                    .push_bind(&entry.body[..])
+                    .push_bind(&entry.hash[..]);
+            });
+            insert.build().execute(&mut *transaction).await?;
+        }
+        for connection in &batch.opened {
+            sqlx::query("INSERT OR IGNORE INTO live (connection) VALUES (?)")
+                .bind(connection)
+                .execute(&mut *transaction)
+                .await?;
+        }
+        for connection in &batch.ended {
+            sqlx::query("DELETE FROM live WHERE connection = ?")
+                .bind(connection)
+                .execute(&mut *transaction)
+                .await?;
+        }
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    /// Removes entries before `sequence`, a bounded number at a time.
+    pub(super) async fn prune(&mut self, sequence: u64) -> Result<(), StoreError> {
+        sqlx::query(
+            "DELETE FROM entries WHERE sequence IN \
+             (SELECT sequence FROM entries WHERE sequence < ? ORDER BY sequence LIMIT 2000)",
+        )
+        .bind(i64::try_from(sequence).unwrap_or(i64::MAX))
+        .execute(&mut self.connection)
+        .await?;
+        Ok(())
+    }
+}
+
+fn lock(path: &Path) -> Result<Flock<File>, StoreError> {
+    let io = |source| StoreError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(io)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| StoreError::InUse(path.to_owned()))
+}
+
+/// Reads the chain beside its writer.
+pub struct Reader(SqliteConnection);
+
+impl std::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader").finish_non_exhaustive()
+    }
+}
+
+impl Reader {
+    pub async fn open(dir: &Path) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::new()
+            .filename(dir.join(FILE))
+            .read_only(true)
+            .busy_timeout(Duration::from_secs(5));
+        Ok(Self(SqliteConnection::connect_with(&options).await?))
+    }
+
+    /// At most `limit` entries after `sequence`, in order.
+    pub async fn after(&mut self, sequence: u64, limit: u32) -> Result<Vec<Entry>, StoreError> {
+        let rows =
+            sqlx::query("SELECT * FROM entries WHERE sequence > ? ORDER BY sequence LIMIT ?")
+                .bind(i64::try_from(sequence).unwrap_or(i64::MAX))
+                .bind(limit)
+                .fetch_all(&mut self.0)
+                .await?;
+        Ok(rows.iter().map(entry).collect::<Result<_, _>>()?)
+    }
+
+    /// At most `limit` records, newest first; what cannot be read is left out.
+    pub async fn newest(&mut self, limit: u32) -> Result<Vec<Record>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM entries ORDER BY sequence DESC LIMIT ?")
+            .bind(limit)
+            .fetch_all(&mut self.0)
+            .await?;
+        let entries = rows.iter().map(entry).collect::<Result<Vec<_>, _>>()?;
+        Ok(entries
+            .iter()
+            .filter_map(|entry| Record::decode(&entry.body).ok())
+            .collect())
+    }
+}
+
+fn entry(row: &sqlx::sqlite::SqliteRow) -> Result<Entry, sqlx::Error> {
+    let sequence: i64 = row.try_get("sequence")?;
+    let hash: &[u8] = row.try_get("hash")?;
+    let hash = hash
+        .try_into()
+        .map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    Ok(Entry {
+        sequence: sequence.unsigned_abs(),
+        body: row.try_get("body")?,
+        hash,
+    })
+}

@@ -1,0 +1,271 @@
+//! The one task that writes the chain.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tokio_util::sync::CancellationToken;
+use turnpike_certs::CredentialStore;
+use turnpike_ledger::{Chain, Checkpoint, Event, Record};
+
+use super::{
+    Command, NotRecorded, QUEUE, Shared, Spool, SpoolConfig, StoreError, now_ms,
+    store::{Batch, Store},
+};
+use crate::metrics::Metrics;
+
+/// Records of one commit at most: bounds its memory and how long the first of them waits.
+const BATCH: usize = 1024;
+
+/// Owns the chain; [`Writer::run`] until cancelled.
+pub struct Writer {
+    store: Store,
+    chain: Chain,
+    config: SpoolConfig,
+    credentials: Arc<CredentialStore>,
+    queue: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    committed: watch::Sender<u64>,
+    /// Entries since the last checkpoint, and since when there are any.
+    unsealed: u64,
+    unsealed_since: Option<Instant>,
+}
+
+impl std::fmt::Debug for Writer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer")
+            .field("head", &self.chain.head())
+            .finish_non_exhaustive()
+    }
+}
+
+type Waiting = Vec<tokio::sync::oneshot::Sender<Result<u64, NotRecorded>>>;
+
+impl Writer {
+    /// Opens the chain, and marks the restart and what the last stop lost.
+    pub async fn open(
+        config: SpoolConfig,
+        credentials: Arc<CredentialStore>,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, Spool), StoreError> {
+        let (mut store, head) = Store::open(&config.dir, &config.node, config.max_bytes).await?;
+        let live = store.live().await?;
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let (committed, receiver) = watch::channel(head.sequence);
+        let shared = Arc::new(Shared {
+            dropped: AtomicU64::new(0),
+            boot: format!("{:016x}", fastrand::u64(..)),
+            next_connection: AtomicU64::new(1),
+            metrics,
+        });
+        let spool = Spool {
+            queue: sender,
+            shared: shared.clone(),
+            committed: receiver,
+        };
+        let chain = Chain::resume(head);
+        let mut writer = Self {
+            store,
+            chain,
+            config,
+            credentials,
+            queue,
+            shared,
+            committed,
+            unsealed: 0,
+            unsealed_since: None,
+        };
+        writer.mark_restart(live).await?;
+        Ok((writer, spool))
+    }
+
+    async fn mark_restart(&mut self, live: Vec<String>) -> Result<(), StoreError> {
+        let boot = self.shared.boot.clone();
+        let restart = Event::Restart {
+            boot,
+            version: env!("CARGO_PKG_VERSION").into(),
+        };
+        let lost = live
+            .into_iter()
+            .map(|connection| Event::Lost { connection });
+        let events = std::iter::once(restart)
+            .chain(lost)
+            .map(|event| (now_ms(), event))
+            .collect();
+        self.commit(events, false).await
+    }
+
+    /// Writes until cancelled and the queue is empty, then seals the chain.
+    pub async fn run(mut self, cancel: CancellationToken) {
+        let mut tick = interval(Duration::from_millis(250));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                command = self.queue.recv() => match command {
+                    Some(command) => self.batch(command).await,
+                    None => break,
+                },
+                _ = tick.tick() => self.seal_if_due().await,
+                () = cancel.cancelled() => break,
+            }
+        }
+        self.queue.close();
+        while let Some(command) = self.queue.recv().await {
+            self.batch(command).await;
+        }
+        if let Err(error) = self.commit(Vec::new(), true).await {
+            tracing::warn!(%error, "the last checkpoint could not be written");
+        }
+    }
+
+    /// Commits `first` and all that waits behind it, and answers.
+    async fn batch(&mut self, first: Command) {
+        let (mut events, mut waiting) = (Vec::new(), Waiting::new());
+        let mut next = Some(first);
+        while let Some(command) = next {
+            match command {
+                Command::Append {
+                    time_ms,
+                    event,
+                    done,
+                } => {
+                    events.push((time_ms, *event));
+                    waiting.push(done.unwrap_or_else(|| tokio::sync::oneshot::channel().0));
+                }
+                Command::Acknowledged(sequence) => self.prune(sequence).await,
+            }
+            next = (events.len() < BATCH)
+                .then(|| self.queue.try_recv().ok())
+                .flatten();
+        }
+        if events.is_empty() {
+            return;
+        }
+        let first = self.chain.head().sequence + 1;
+        let count = events.len() as u64;
+        let result = self.commit(events, false).await;
+        if let Err(error) = &result {
+            tracing::error!(%error, records = count, "records were not written: egress is denied");
+            self.shared.dropped.fetch_add(count, Ordering::Relaxed);
+            self.shared.metrics.dropped_records.inc_by(count);
+        }
+        let answer = result.map_err(|error| NotRecorded::Store(error.to_string().into()));
+        for (sequence, done) in (first..).zip(waiting) {
+            // Nobody waits for what was only noted.
+            let _ = done.send(answer.clone().map(|()| sequence));
+        }
+    }
+
+    async fn seal_if_due(&mut self) {
+        let due = |since: Instant| since.elapsed() >= self.config.checkpoint_interval;
+        let dropped = self.shared.dropped.load(Ordering::Relaxed) > 0;
+        if (dropped || self.unsealed_since.is_some_and(due))
+            && let Err(error) = self.commit(Vec::new(), true).await
+        {
+            tracing::warn!(%error, "a checkpoint could not be written");
+        }
+    }
+
+    /// Appends to a copy of the chain, which takes the chain's place once it is on disk.
+    async fn commit(&mut self, events: Vec<(i64, Event)>, seal: bool) -> Result<(), StoreError> {
+        let mut chain = self.chain.clone();
+        let mut batch = Batch::default();
+        let node = self.config.node.clone();
+        let append = |chain: &mut Chain, batch: &mut Batch, time_ms, event| {
+            match &event {
+                Event::Opened(attempt) => batch.opened.push(attempt.connection.clone()),
+                Event::Closed(closed) => batch.ended.push(closed.connection.clone()),
+                Event::Lost { connection } => batch.ended.push(connection.clone()),
+                _ => {}
+            }
+            let record = Record {
+                time_ms,
+                node: node.clone(),
+                event,
+            };
+            batch.entries.push(chain.append(record.encode()));
+        };
+        for (time_ms, event) in events {
+            append(&mut chain, &mut batch, time_ms, event);
+        }
+        let dropped = self.shared.dropped.load(Ordering::Relaxed);
+        if dropped > 0 {
+            let reason = "records beyond the queue, the disk or a pod's budget".into();
+            append(
+                &mut chain,
+                &mut batch,
+                now_ms(),
+                Event::Gap {
+                    entries: dropped,
+                    reason,
+                },
+            );
+        }
+        let unsealed = self.unsealed + batch.entries.len() as u64;
+        let wanted = unsealed > 0 && (seal || unsealed >= self.config.checkpoint_entries);
+        let checkpoint = if wanted {
+            self.checkpoint(&chain)
+        } else {
+            None
+        };
+        let sealed = checkpoint.is_some();
+        if let Some(checkpoint) = checkpoint {
+            append(
+                &mut chain,
+                &mut batch,
+                now_ms(),
+                Event::Checkpoint(checkpoint),
+            );
+        }
+        if batch.entries.is_empty() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        self.store.commit(&batch).await?;
+        self.shared
+            .metrics
+            .commit_seconds
+            .observe(started.elapsed().as_secs_f64());
+        self.shared
+            .metrics
+            .commit_entries
+            .observe(batch.entries.len() as f64);
+        self.shared.dropped.fetch_sub(dropped, Ordering::Relaxed);
+        self.chain = chain;
+        self.unsealed = if sealed { 0 } else { unsealed };
+        self.unsealed_since = if sealed {
+            None
+        } else {
+            self.unsealed_since.or_else(|| Some(Instant::now()))
+        };
+        self.committed.send_replace(self.chain.head().sequence);
+        Ok(())
+    }
+
+    /// None while there are no credentials yet: the entries stay unsealed until there are.
+    fn checkpoint(&self, chain: &Chain) -> Option<Checkpoint> {
+        let credentials = self.credentials.load()?;
+        let signed = Checkpoint::sign(&credentials, &self.config.node, &chain.head(), now_ms());
+        signed
+            .inspect_err(|error| tracing::error!(%error, "no checkpoint"))
+            .ok()
+    }
+
+    async fn prune(&mut self, acknowledged: u64) {
+        let keep_from = acknowledged.saturating_sub(self.config.keep_acknowledged);
+        if keep_from > 1
+            && let Err(error) = self.store.prune(keep_from).await
+        {
+            tracing::warn!(%error, "acknowledged entries could not be removed from the spool");
+        }
+    }
+}

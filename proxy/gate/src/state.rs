@@ -1,0 +1,482 @@
+//! What the gate knows of its node: who has which address, and what each may reach.
+//!
+//! One owner puts together what the agent's feed and the controller say and publishes it as an
+//! immutable [`View`]; everything that judges reads the current one. What is not known is refused.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use ipnet::IpNet;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, watch};
+use turnpike_ledger::record;
+use turnpike_rules::pod::{Members, PodEgress};
+
+use crate::{bucket::Bucket, dns::names::Names};
+
+/// What one pod may take of the gate.
+#[derive(Clone, Copy, Debug)]
+pub struct PodLimits {
+    /// Connections at a time; each holds two sockets and at most 128 KiB of buffers.
+    pub connections: usize,
+    pub dns_per_second: u32,
+    pub dns_burst: u32,
+    /// Refusals written down one by one; more become a `gap`.
+    pub denials_per_second: u32,
+    /// Addresses remembered as answers to this pod.
+    pub names: usize,
+}
+
+impl Default for PodLimits {
+    fn default() -> Self {
+        Self {
+            connections: 1024,
+            dns_per_second: 200,
+            dns_burst: 1000,
+            denials_per_second: 50,
+            names: 4096,
+        }
+    }
+}
+
+/// A pod of this node as the agent knows it.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    pub uid: Arc<str>,
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+    pub container_id: Arc<str>,
+    pub addresses: Vec<IpAddr>,
+    /// The agent's word on whether an egress policy selects it.
+    pub selected: bool,
+    /// Lives as long as the pod, whatever is learned about it.
+    pub runtime: Arc<PodRuntime>,
+}
+
+/// What the gate itself keeps per pod; bounded by [`PodLimits`].
+#[derive(Debug)]
+pub struct PodRuntime {
+    pub connections: Arc<Semaphore>,
+    pub queries: Mutex<Bucket>,
+    pub denials: Mutex<Bucket>,
+    pub names: Mutex<Names>,
+}
+
+impl PodRuntime {
+    pub fn new(limits: &PodLimits) -> Arc<Self> {
+        Arc::new(Self {
+            connections: Arc::new(Semaphore::new(limits.connections)),
+            queries: Mutex::new(Bucket::new(limits.dns_per_second, limits.dns_burst)),
+            denials: Mutex::new(Bucket::new(
+                limits.denials_per_second,
+                limits.denials_per_second.saturating_mul(10),
+            )),
+            names: Mutex::new(Names::new(limits.names)),
+        })
+    }
+
+    pub fn may_record_denial(&self, now: Instant) -> bool {
+        self.denials.lock().take(now)
+    }
+}
+
+/// What is known at one moment. Never changed once published.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    pods: HashMap<IpAddr, Arc<Pod>>,
+    /// By `namespace/name`.
+    policies: HashMap<String, Arc<PodEgress>>,
+    members: HashSet<IpAddr>,
+    services: Vec<IpNet>,
+    pub feed_synced: bool,
+    pub policies_known: bool,
+}
+
+/// Where a source address stands.
+#[derive(Clone, Debug)]
+pub enum Standing {
+    /// No pod of this node has the address.
+    Unknown,
+    /// A pod, but what it may reach is not known (yet).
+    NoPolicy(Arc<Pod>),
+    /// Neither the agent nor the controller says that a policy selects it.
+    Unselected(Arc<Pod>),
+    Selected(Arc<Pod>, Arc<PodEgress>),
+}
+
+impl Standing {
+    pub fn pod(&self) -> Option<&Arc<Pod>> {
+        match self {
+            Self::Unknown => None,
+            Self::NoPolicy(pod) | Self::Unselected(pod) | Self::Selected(pod, _) => Some(pod),
+        }
+    }
+
+    /// The pod as records name it.
+    pub fn recorded(&self) -> Option<record::Pod> {
+        let identity = match self {
+            Self::Selected(_, egress) => Some(egress.identity.to_string()),
+            _ => None,
+        };
+        self.pod().map(|pod| record::Pod {
+            uid: pod.uid.to_string(),
+            namespace: pod.namespace.to_string(),
+            name: pod.name.to_string(),
+            identity,
+        })
+    }
+}
+
+impl View {
+    /// Who calls from `address`, and by which policy.
+    pub fn standing(&self, address: IpAddr) -> Standing {
+        let Some(pod) = self.pods.get(&address) else {
+            return Standing::Unknown;
+        };
+        let pod = pod.clone();
+        let policy = self
+            .policies
+            .get(&format!("{}/{}", pod.namespace, pod.name));
+        // A name is used again by the next pod of a StatefulSet; the policy must be this one's.
+        let policy = policy.filter(|egress| pod.uid.is_empty() || egress.uid == pod.uid);
+        match policy {
+            Some(egress) if !egress.policies.is_empty() => Standing::Selected(pod, egress.clone()),
+            _ if !pod.selected => Standing::Unselected(pod),
+            _ => Standing::NoPolicy(pod),
+        }
+    }
+
+    /// Pod addresses and Services of this cluster: never a destination of the gate.
+    pub fn is_cluster(&self, address: IpAddr) -> bool {
+        self.members.contains(&address) || self.services.iter().any(|net| net.contains(&address))
+    }
+
+    pub fn ready(&self) -> bool {
+        self.feed_synced && self.policies_known
+    }
+
+    pub fn pods(&self) -> usize {
+        self.pods
+            .values()
+            .map(|pod| &pod.uid)
+            .collect::<HashSet<_>>()
+            .len()
+    }
+}
+
+/// One change of what is known.
+#[derive(Clone, Debug)]
+pub enum Change {
+    PodAdded(PodInfo),
+    PodRemoved {
+        container_id: String,
+        addresses: Vec<IpAddr>,
+    },
+    /// The feed begins anew: what it does not repeat before `FeedSynced` is gone.
+    FeedStarted,
+    FeedSynced,
+    /// By `namespace/name`.
+    Policies {
+        added: Vec<PodEgress>,
+        removed: Vec<String>,
+    },
+    /// By resource name.
+    Members {
+        added: Vec<(String, Members)>,
+        removed: Vec<String>,
+    },
+    /// The controller has said all it knows, or a snapshot of that was read.
+    PoliciesKnown,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodInfo {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    pub container_id: String,
+    pub addresses: Vec<IpAddr>,
+    pub selected: bool,
+}
+
+/// The readers' end.
+#[derive(Clone, Debug)]
+pub struct State {
+    view: Arc<ArcSwap<View>>,
+    generation: watch::Receiver<u64>,
+}
+
+impl State {
+    pub fn view(&self) -> Arc<View> {
+        self.view.load_full()
+    }
+
+    /// Changes each time a new view is published.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.generation.clone()
+    }
+}
+
+/// The writer's end; there is one.
+#[derive(Debug)]
+pub struct Owner {
+    inner: Mutex<Inner>,
+    view: Arc<ArcSwap<View>>,
+    generation: watch::Sender<u64>,
+    limits: PodLimits,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    view: View,
+    members: BTreeMap<String, Members>,
+    /// Addresses that the running start of the feed has repeated; None when it is not starting.
+    repeated: Option<HashSet<IpAddr>>,
+}
+
+impl Owner {
+    pub fn new(limits: PodLimits) -> (Arc<Self>, State) {
+        let view = Arc::new(ArcSwap::from_pointee(View::default()));
+        let (generation, receiver) = watch::channel(0);
+        let state = State {
+            view: view.clone(),
+            generation: receiver,
+        };
+        (
+            Arc::new(Self {
+                inner: Mutex::default(),
+                view,
+                generation,
+                limits,
+            }),
+            state,
+        )
+    }
+
+    /// Takes one change; readers see it when this returns.
+    pub fn apply(&self, change: Change) {
+        let mut inner = self.inner.lock();
+        match change {
+            Change::PodAdded(info) => inner.add_pod(info, &self.limits),
+            Change::PodRemoved {
+                container_id,
+                addresses,
+            } => {
+                inner.remove_pod(&container_id, &addresses);
+            }
+            Change::FeedStarted => inner.repeated = Some(HashSet::new()),
+            Change::FeedSynced => inner.feed_synced(),
+            Change::Policies { added, removed } => {
+                for name in removed {
+                    inner.view.policies.remove(&name);
+                }
+                for egress in added {
+                    let name = format!("{}/{}", egress.namespace, egress.name);
+                    inner.view.policies.insert(name, Arc::new(egress));
+                }
+            }
+            Change::Members { added, removed } => {
+                for name in removed {
+                    inner.members.remove(&name);
+                }
+                inner.members.extend(added);
+                inner.join_members();
+            }
+            Change::PoliciesKnown => inner.view.policies_known = true,
+        }
+        self.view.store(Arc::new(inner.view.clone()));
+        drop(inner);
+        self.generation.send_modify(|generation| *generation += 1);
+    }
+}
+
+impl Inner {
+    fn add_pod(&mut self, info: PodInfo, limits: &PodLimits) {
+        let PodInfo {
+            uid,
+            namespace,
+            name,
+            container_id,
+            addresses,
+            selected,
+        } = info;
+        let same = |pod: &&Arc<Pod>| {
+            *pod.uid == *uid && *pod.container_id == *container_id && pod.addresses == addresses
+        };
+        let known = addresses
+            .iter()
+            .filter_map(|a| self.view.pods.get(a))
+            .find(same);
+        let runtime = known.map_or_else(|| PodRuntime::new(limits), |pod| pod.runtime.clone());
+        let pod = Arc::new(Pod {
+            uid: uid.into(),
+            namespace: namespace.into(),
+            name: name.into(),
+            container_id: container_id.into(),
+            addresses,
+            selected,
+            runtime,
+        });
+        for address in &pod.addresses {
+            self.view.pods.insert(*address, pod.clone());
+            if let Some(repeated) = &mut self.repeated {
+                repeated.insert(*address);
+            }
+        }
+    }
+
+    /// A late removal of an earlier owner leaves the new owner of an address alone.
+    fn remove_pod(&mut self, container_id: &str, addresses: &[IpAddr]) {
+        for address in addresses {
+            let owner = self.view.pods.get(address);
+            if owner.is_some_and(|pod| *pod.container_id == *container_id) {
+                self.view.pods.remove(address);
+            }
+        }
+    }
+
+    fn feed_synced(&mut self) {
+        if let Some(repeated) = self.repeated.take() {
+            self.view
+                .pods
+                .retain(|address, _| repeated.contains(address));
+        }
+        self.view.feed_synced = true;
+    }
+
+    fn join_members(&mut self) {
+        let addresses = self
+            .members
+            .values()
+            .flat_map(|members| members.addresses.clone());
+        self.view.members = addresses.collect();
+        let services = self
+            .members
+            .values()
+            .flat_map(|members| members.services.clone());
+        self.view.services = services.collect();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(uid: &str, container: &str, address: &str) -> PodInfo {
+        PodInfo {
+            uid: uid.into(),
+            namespace: "shop".into(),
+            name: "pay-0".into(),
+            container_id: container.into(),
+            addresses: vec![address.parse().unwrap()],
+            selected: true,
+        }
+    }
+
+    fn egress(uid: &str) -> PodEgress {
+        PodEgress {
+            uid: uid.into(),
+            namespace: "shop".into(),
+            name: "pay-0".into(),
+            identity: "spiffe://cluster.local/ns/shop/sa/pay".parse().unwrap(),
+            policies: vec![turnpike_rules::egress::EgressPolicy {
+                name: "shop/pay".into(),
+                version: "1".into(),
+                mode: turnpike_rules::egress::Mode::Enforce,
+                rules: vec![],
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_selected_but_refused() {
+        let (owner, state) = Owner::new(PodLimits::default());
+        let address = "10.0.1.5".parse().unwrap();
+        assert!(matches!(state.view().standing(address), Standing::Unknown));
+        owner.apply(Change::PodAdded(info("u1", "c1", "10.0.1.5")));
+        assert!(matches!(
+            state.view().standing(address),
+            Standing::NoPolicy(_)
+        ));
+        owner.apply(Change::Policies {
+            added: vec![egress("u1")],
+            removed: vec![],
+        });
+        assert!(matches!(
+            state.view().standing(address),
+            Standing::Selected(..)
+        ));
+        owner.apply(Change::Policies {
+            added: vec![],
+            removed: vec!["shop/pay-0".into()],
+        });
+        assert!(matches!(
+            state.view().standing(address),
+            Standing::NoPolicy(_)
+        ));
+    }
+
+    #[test]
+    fn the_policy_of_an_earlier_pod_of_the_name_does_not_count() {
+        let (owner, state) = Owner::new(PodLimits::default());
+        owner.apply(Change::Policies {
+            added: vec![egress("old")],
+            removed: vec![],
+        });
+        owner.apply(Change::PodAdded(info("new", "c2", "10.0.1.5")));
+        let standing = state.view().standing("10.0.1.5".parse().unwrap());
+        assert!(matches!(standing, Standing::NoPolicy(_)));
+    }
+
+    #[test]
+    fn a_late_removal_leaves_the_new_owner() {
+        let (owner, state) = Owner::new(PodLimits::default());
+        let address: IpAddr = "10.0.1.5".parse().unwrap();
+        owner.apply(Change::PodAdded(info("u1", "c1", "10.0.1.5")));
+        owner.apply(Change::PodAdded(info("u2", "c2", "10.0.1.5")));
+        owner.apply(Change::PodRemoved {
+            container_id: "c1".into(),
+            addresses: vec![address],
+        });
+        assert_eq!(
+            state.view().standing(address).pod().map(|p| &*p.uid),
+            Some("u2")
+        );
+    }
+
+    #[test]
+    fn a_feed_that_begins_anew_forgets_what_it_does_not_repeat() {
+        let (owner, state) = Owner::new(PodLimits::default());
+        owner.apply(Change::PodAdded(info("u1", "c1", "10.0.1.5")));
+        owner.apply(Change::PodAdded(info("u2", "c2", "10.0.1.6")));
+        let before = state.view().standing("10.0.1.6".parse().unwrap());
+        owner.apply(Change::FeedStarted);
+        owner.apply(Change::PodAdded(info("u2", "c2", "10.0.1.6")));
+        assert!(
+            state
+                .view()
+                .standing("10.0.1.5".parse().unwrap())
+                .pod()
+                .is_some()
+        );
+        owner.apply(Change::FeedSynced);
+        assert!(
+            state
+                .view()
+                .standing("10.0.1.5".parse().unwrap())
+                .pod()
+                .is_none()
+        );
+        let after = state.view().standing("10.0.1.6".parse().unwrap());
+        let runtime = |standing: &Standing| standing.pod().unwrap().runtime.clone();
+        assert!(
+            Arc::ptr_eq(&runtime(&before), &runtime(&after)),
+            "its DNS ledger is kept"
+        );
+    }
+}
