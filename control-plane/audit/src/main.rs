@@ -1,2 +1,104 @@
-//! To be written.
-fn main() {}
+//! `turnpike-audit`: the central egress record.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+use turnpike_audit::{Store, app};
+use turnpike_certs::CredentialStore;
+use turnpike_rules::Identity;
+use turnpike_wire::{ca_client, channel::Controller};
+
+/// Collects and keeps the egress records of all nodes.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// Where gates upload
+    #[arg(long, env = "TURNPIKE_LISTEN", default_value = "0.0.0.0:15016")]
+    listen: SocketAddr,
+    /// sqlite:PATH
+    #[arg(long, env = "TURNPIKE_STORE")]
+    store: String,
+    /// Questions, metrics and health
+    #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15017")]
+    http: SocketAddr,
+    #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
+    trust_domain: String,
+    /// host:port
+    #[arg(long, env = "TURNPIKE_CONTROLLER")]
+    controller: String,
+    #[arg(
+        long,
+        env = "TURNPIKE_CONTROLLER_NAME",
+        default_value = "turnpike-controller.turnpike-system.svc"
+    )]
+    controller_name: String,
+    #[arg(long, env = "TURNPIKE_TOKEN_FILE")]
+    token_file: PathBuf,
+    #[arg(long, env = "TURNPIKE_ROOT_FILE")]
+    root_file: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    log();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let system = |account: &str| Identity::new(&args.trust_domain, "turnpike-system", account);
+    let store = Store::open(&args.store)
+        .await
+        .with_context(|| format!("opening {}", args.store))?;
+    let listen = |address: SocketAddr| async move {
+        TcpListener::bind(address)
+            .await
+            .with_context(|| format!("listening on {address}"))
+    };
+    let (uploads, questions) = (listen(args.listen).await?, listen(args.http).await?);
+    let credentials = CredentialStore::empty();
+    let controller = Controller {
+        address: args.controller.clone(),
+        server_name: args.controller_name.clone(),
+        root_file: args.root_file.clone(),
+        token_file: args.token_file.clone(),
+    };
+    let renewal = ca_client::keep_fresh(controller, system("turnpike-audit")?, credentials.clone());
+    let cancel = CancellationToken::new();
+    let stop = cancel.clone();
+    let gate = system("turnpike-gate")?;
+    tokio::select! {
+        result = app::run(store, credentials, gate, uploads, questions, cancel.clone()) => {
+            result.context("serving uploads")?;
+        }
+        () = renewal => {}
+        () = async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("stopping");
+            stop.cancel();
+            // The server ends by the token; this arm must not win before it has.
+            std::future::pending::<()>().await;
+        } => {}
+    }
+    Ok(())
+}
+
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if std::env::var("TURNPIKE_LOG").is_ok_and(|format| format == "json") {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+}
