@@ -16,7 +16,31 @@
 //! own and reaches the workers only through [`mesh`] and [`observe`].
 
 pub mod admin;
+pub mod capture;
+pub mod config;
 pub mod control;
 pub mod mesh;
 pub mod observe;
 pub mod telemetry;
+
+mod balance;
+mod clock;
+mod data_plane;
+mod drain;
+mod endpoint;
+mod error;
+mod http;
+mod inbound;
+mod io;
+mod limits;
+mod outbound;
+mod outlier;
+mod pool;
+mod retry;
+mod service;
+mod shared;
+mod tcp;
+mod tls;
+mod worker;
+
+pub use data_plane::{DataPlane, StartError};

@@ -1,0 +1,316 @@
+//! One request from its head to the end of its response: what is known of it, reported once.
+
+use std::{
+    cell::Cell,
+    net::SocketAddr,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header, request::Parts};
+use http_body::Frame;
+use tokio::time::Sleep;
+use turnpike_rules::{Identity, ServiceKey, host::HostOrIp, route::Route, workload::SelfConfig};
+
+use super::{forward::InFlight, headers::Checked};
+use crate::{
+    error::ProxyError,
+    limits::Permit,
+    observe::{
+        AccessRecord, Direction, Flags, HttpOutcome, HttpRecord, HttpSeries, Observer, Span,
+    },
+    pool::Lease,
+};
+
+/// What all requests of one connection have in common.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) observer: Arc<dyn Observer>,
+    pub(crate) direction: Direction,
+    pub(crate) downstream: SocketAddr,
+    pub(crate) original: SocketAddr,
+    /// Inbound: who calls, as verified.
+    pub(crate) peer: Option<Identity>,
+    pub(crate) sni: Option<String>,
+    /// Requests that have not ended.
+    pub(crate) active: Cell<u32>,
+    /// When the last one ended, on the worker's clock.
+    pub(crate) idle_since: Cell<Instant>,
+}
+
+/// A request under way.
+pub(crate) struct Exchange {
+    connection: Rc<Connection>,
+    started: Instant,
+    method: Method,
+    uri: Uri,
+    version: Version,
+    host: Option<HeaderValue>,
+    user_agent: Option<HeaderValue>,
+    request_id: Option<HeaderValue>,
+    pub(crate) grpc: bool,
+    pub(crate) received: Rc<Cell<u64>>,
+    sent: u64,
+    status: u16,
+    grpc_status: Option<u32>,
+    pub(crate) flags: Flags,
+    details: Option<String>,
+    pub(crate) attempts: u32,
+    pub(crate) upstream: Option<SocketAddr>,
+    /// Outbound: who was called.
+    pub(crate) callee: Option<Identity>,
+    pub(crate) service: Option<ServiceKey>,
+    pub(crate) route: Option<Arc<Route>>,
+    pub(crate) series: Option<Arc<dyn HttpSeries>>,
+    /// Inbound: under which configuration it was let in.
+    pub(crate) live: Option<Live>,
+    span: Option<Box<dyn Span>>,
+}
+
+impl Exchange {
+    /// Begins with a request's head, and a span if it is sampled.
+    pub(crate) fn begin(
+        connection: &Rc<Connection>,
+        now: Instant,
+        parts: &mut Parts,
+        checked: &Checked,
+    ) -> Self {
+        connection.active.set(connection.active.get() + 1);
+        let observer = &connection.observer;
+        let span = observer.span(connection.direction, &mut parts.headers);
+        let logged = |name| {
+            let wanted = observer.logs() || span.is_some();
+            wanted.then(|| parts.headers.get(name).cloned()).flatten()
+        };
+        Self {
+            connection: connection.clone(),
+            started: now,
+            method: parts.method.clone(),
+            uri: parts.uri.clone(),
+            version: parts.version,
+            host: logged(header::HOST),
+            user_agent: logged(header::USER_AGENT),
+            request_id: logged(header::HeaderName::from_static("x-request-id")),
+            grpc: checked.grpc,
+            received: Rc::new(Cell::new(0)),
+            sent: 0,
+            status: 0,
+            grpc_status: None,
+            flags: Flags::NONE,
+            details: None,
+            attempts: 0,
+            upstream: None,
+            callee: None,
+            service: None,
+            route: None,
+            series: None,
+            live: None,
+            span,
+        }
+    }
+
+    /// The proxy answers itself.
+    pub(crate) fn failed(&mut self, error: &ProxyError) {
+        self.flags = self.flags.with(error.flags());
+        self.details = Some(error.to_string());
+    }
+
+    pub(crate) fn responded(&mut self, status: StatusCode, headers: &HeaderMap) {
+        self.status = status.as_u16();
+        if self.grpc {
+            self.grpc_status = grpc_status(headers);
+        }
+    }
+
+    /// Whether what is under way is still allowed; asked whenever it moves. Costs a comparison
+    /// while the configuration stays.
+    pub(crate) fn still_allowed(&mut self) -> bool {
+        let Some(live) = &mut self.live else {
+            return true;
+        };
+        let now = live.judge.config();
+        if Arc::ptr_eq(&now, &live.judged) {
+            return true;
+        }
+        let allowed = live
+            .judge
+            .allows(&now, &self.method, &self.uri, live.host.as_ref());
+        live.judged = now;
+        allowed
+    }
+
+    /// Bytes to the client outside of any body.
+    pub(crate) fn count_sent(&mut self, bytes: u64) {
+        self.sent += bytes;
+    }
+
+    fn report(&mut self) {
+        let connection = self.connection.clone();
+        connection
+            .active
+            .set(connection.active.get().saturating_sub(1));
+        let now = tokio::time::Instant::now().into_std();
+        connection.idle_since.set(now);
+        let duration = now.saturating_duration_since(self.started);
+        if let Some(series) = &self.series {
+            series.finished(&HttpOutcome {
+                status: self.status,
+                grpc_status: self.grpc_status,
+                flags: self.flags,
+                duration,
+                request_bytes: self.received.get(),
+                response_bytes: self.sent,
+            });
+        }
+        let span = self.span.take();
+        if !connection.observer.logs() && span.is_none() {
+            return;
+        }
+        let host = self.host.as_ref().and_then(|host| host.to_str().ok());
+        let host = host.or_else(|| self.uri.authority().map(http::uri::Authority::as_str));
+        let record = AccessRecord {
+            direction: connection.direction,
+            http: Some(HttpRecord {
+                method: &self.method,
+                uri: &self.uri,
+                version: self.version,
+                host,
+                user_agent: self.user_agent.as_ref(),
+                request_id: self.request_id.as_ref(),
+                status: self.status,
+                grpc_status: self.grpc_status,
+            }),
+            flags: self.flags,
+            details: self.details.as_deref(),
+            duration,
+            received: self.received.get(),
+            sent: self.sent,
+            downstream: connection.downstream,
+            original: connection.original,
+            upstream: self.upstream,
+            peer: connection.peer.as_ref().or(self.callee.as_ref()),
+            service: self.service.as_ref(),
+            route: self.route.as_deref().map(|route| &*route.name),
+            attempts: self.attempts,
+            sni: connection.sni.as_deref(),
+        };
+        connection.observer.log(&record);
+        if let Some(span) = span {
+            span.finish(&record);
+        }
+    }
+}
+
+/// A request that is dropped before it has an answer: the client went away.
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if self.status == 0 && self.flags == Flags::NONE {
+            self.flags = Flags::CLIENT_GONE;
+        }
+        self.report();
+    }
+}
+
+fn grpc_status(headers: &HeaderMap) -> Option<u32> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
+/// How a response's body ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Complete,
+    Client,
+    Upstream,
+    Timeout,
+    /// Authorization was withdrawn.
+    Withdrawn,
+}
+
+/// A request that was let in by a configuration, and who asks again under the next.
+pub(crate) struct Live {
+    pub(crate) judge: Rc<dyn Judge>,
+    pub(crate) judged: Arc<SelfConfig>,
+    pub(crate) host: Option<HostOrIp>,
+}
+
+/// Decides whether a request may go on.
+pub(crate) trait Judge {
+    fn config(&self) -> Arc<SelfConfig>;
+    fn allows(
+        &self,
+        config: &SelfConfig,
+        method: &Method,
+        uri: &Uri,
+        host: Option<&HostOrIp>,
+    ) -> bool;
+}
+
+/// All that a response's end lets go of.
+pub(crate) struct Finish {
+    pub(crate) exchange: Exchange,
+    /// The upstream connection, which a complete response makes free for the next request.
+    pub(crate) lease: Option<Lease>,
+    pub(crate) permit: Option<Permit>,
+    pub(crate) in_flight: Option<InFlight>,
+    /// The request's own timeout.
+    pub(crate) deadline: Option<Pin<Box<Sleep>>>,
+}
+
+impl Finish {
+    pub(crate) fn new(exchange: Exchange) -> Self {
+        Self {
+            exchange,
+            lease: None,
+            permit: None,
+            in_flight: None,
+            deadline: None,
+        }
+    }
+
+    /// Notes what a frame carries.
+    pub(crate) fn saw(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.exchange.sent += data.len() as u64;
+        } else if self.exchange.grpc
+            && let Some(trailers) = frame.trailers_ref()
+        {
+            self.exchange.grpc_status = grpc_status(trailers).or(self.exchange.grpc_status);
+        }
+    }
+
+    /// Whether something else than its end ends the response.
+    pub(crate) fn poll_interrupted(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Result<(), (End, &'static str)> {
+        if !self.exchange.still_allowed() {
+            return Err((End::Withdrawn, "authorization was withdrawn"));
+        }
+        if let Some(deadline) = &mut self.deadline
+            && deadline.as_mut().poll(cx) == Poll::Ready(())
+        {
+            return Err((End::Timeout, "the request's timeout passed"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn end(mut self: Box<Self>, end: End) {
+        let flag = match end {
+            End::Complete => Flags::NONE,
+            End::Client => Flags::CLIENT_GONE,
+            End::Upstream => Flags::UPSTREAM_CLOSED,
+            End::Timeout => Flags::TIMEOUT,
+            End::Withdrawn => Flags::UNAUTHORIZED,
+        };
+        self.exchange.flags = self.exchange.flags.with(flag);
+        if end == End::Complete
+            && let Some(lease) = self.lease.take()
+        {
+            lease.release();
+        }
+    }
+}

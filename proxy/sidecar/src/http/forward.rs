@@ -1,0 +1,425 @@
+//! One request on its way up: an endpoint, a connection, a try, and another if that is safe.
+
+use std::{rc::Rc, sync::Arc, time::Duration};
+
+use http::{Request, Response, Version, request::Parts};
+use hyper::body::Incoming;
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use turnpike_rules::{route::Route, traffic::TrafficPolicy};
+
+use super::{
+    body::{RequestBody, ResponseBody, Source},
+    exchange::{Exchange, Finish},
+};
+use crate::{
+    endpoint::Endpoint,
+    error::{Fault, ProxyError, Retry},
+    limits::Permit,
+    mesh::ServiceView,
+    observe::Flags,
+    pool::{Circuit, Failed, Lease, Pool},
+    retry::Plan,
+    service::Port,
+    shared::SharedService,
+    tls::Inside,
+    worker::Worker,
+};
+
+/// Where a request goes, and under which limits.
+pub(crate) struct Destination {
+    pub(crate) picker: Picker,
+    pub(crate) circuit: Rc<Circuit>,
+    pub(crate) shared: Arc<SharedService>,
+    pub(crate) policy: Policy,
+    pub(crate) route: Option<Arc<Route>>,
+}
+
+pub(crate) enum Picker {
+    Among(Rc<Port>),
+    /// The caller chose.
+    Only(Rc<Endpoint>),
+}
+
+/// The policy, held by whatever it came in.
+#[derive(Clone)]
+pub(crate) enum Policy {
+    OfService(Arc<ServiceView>),
+    Own(Rc<TrafficPolicy>),
+}
+
+impl std::ops::Deref for Policy {
+    type Target = TrafficPolicy;
+
+    fn deref(&self) -> &TrafficPolicy {
+        match self {
+            Self::OfService(view) => &view.service.traffic,
+            Self::Own(policy) => policy,
+        }
+    }
+}
+
+impl Picker {
+    pub(crate) fn pick(&self, worker: &Worker, tried: &[Rc<Endpoint>]) -> Option<Rc<Endpoint>> {
+        match self {
+            Self::Among(port) => port.pick(worker, tried),
+            Self::Only(endpoint) => Some(endpoint.clone()),
+        }
+    }
+
+    fn endpoints(&self) -> usize {
+        match self {
+            Self::Among(port) => port.endpoints(),
+            Self::Only(_) => 1,
+        }
+    }
+}
+
+/// Counts towards an endpoint's load for as long as it exists.
+pub(crate) struct InFlight(Rc<Endpoint>);
+
+impl InFlight {
+    pub(crate) fn on(endpoint: &Rc<Endpoint>) -> Self {
+        endpoint.load.begin();
+        Self(endpoint.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.load.end();
+    }
+}
+
+/// A response whose head has come, with all that its body needs.
+pub(crate) struct Answered {
+    pub(crate) response: Response<Incoming>,
+    pub(crate) endpoint: Rc<Endpoint>,
+    lease: Lease,
+    permit: Permit,
+    in_flight: InFlight,
+    deadline: Option<Instant>,
+}
+
+impl Answered {
+    /// The response as it goes on, its end reported by `exchange`.
+    pub(crate) fn into_response(self, exchange: Exchange) -> Response<ResponseBody> {
+        let (response, finish) = self.into_parts(exchange);
+        response.map(|body| ResponseBody::stream(body).ending_in(finish))
+    }
+
+    pub(crate) fn into_parts(self, exchange: Exchange) -> (Response<Incoming>, Box<Finish>) {
+        let mut finish = Box::new(Finish::new(exchange));
+        finish.lease = Some(self.lease);
+        finish.permit = Some(self.permit);
+        finish.in_flight = Some(self.in_flight);
+        finish.deadline = self
+            .deadline
+            .map(|deadline| Box::pin(sleep_until(deadline)));
+        (self.response, finish)
+    }
+}
+
+/// Sends a request, again where that is safe and allowed, until there is a response to pass on.
+pub(crate) async fn forward(
+    worker: &Rc<Worker>,
+    to: &Destination,
+    parts: Parts,
+    body: Incoming,
+    exchange: &mut Exchange,
+    upgrade: bool,
+) -> Result<Answered, ProxyError> {
+    let limit = to.policy.circuit.max_requests;
+    let permit = to.shared.requests.try_acquire(limit);
+    let permit = permit.ok_or_else(|| to.circuit.overflow("requests", limit))?;
+    to.shared.budget.request(worker.shared.clock.now_ms());
+    let whole = whole_timeout(to);
+    let deadline = whole.map(|whole| Instant::now() + whole);
+    let mut tries = Tries::new(worker, to, parts, body, exchange, upgrade);
+    let tried = match (deadline, whole) {
+        (Some(deadline), Some(after)) => match timeout_at(deadline, tries.run(exchange)).await {
+            Ok(tried) => tried,
+            Err(_) => Err(ProxyError::Timeout {
+                what: "request",
+                after,
+            }),
+        },
+        _ => tries.run(exchange).await,
+    };
+    let (response, lease, endpoint, in_flight) = tried?;
+    tries.source.release();
+    Ok(Answered {
+        response,
+        endpoint,
+        lease,
+        permit,
+        in_flight,
+        deadline,
+    })
+}
+
+/// The route's own timeout goes first; zero switches it off.
+fn whole_timeout(to: &Destination) -> Option<Duration> {
+    let own = to.route.as_ref().and_then(|route| route.timeouts.request);
+    own.or(to.policy.timeouts.request)
+        .filter(|timeout| !timeout.is_zero())
+}
+
+fn try_timeout(to: &Destination) -> Option<Duration> {
+    let own = to
+        .route
+        .as_ref()
+        .and_then(|route| route.timeouts.backend_request);
+    own.or(to.policy.timeouts.per_try)
+        .filter(|timeout| !timeout.is_zero())
+}
+
+type Tried = (Response<Incoming>, Lease, Rc<Endpoint>, InFlight);
+
+/// The tries of one request.
+struct Tries<'a> {
+    worker: &'a Rc<Worker>,
+    to: &'a Destination,
+    plan: Plan<'a>,
+    inside: Inside,
+    /// The request, while no try holds it.
+    request: Option<Request<RequestBody>>,
+    /// Its head, where it may have to be sent again after it was sent.
+    spare: Option<Parts>,
+    source: Source,
+    tried: Vec<Rc<Endpoint>>,
+    retries: u32,
+    /// Tries in a row that met a pooled connection just as it was closed.
+    stale: u32,
+}
+
+/// Pooled connections that may turn out closed before a request counts as failed.
+const STALE: u32 = 8;
+
+impl<'a> Tries<'a> {
+    fn new(
+        worker: &'a Rc<Worker>,
+        to: &'a Destination,
+        mut parts: Parts,
+        body: Incoming,
+        exchange: &Exchange,
+        upgrade: bool,
+    ) -> Self {
+        let mut plan = Plan::new(&to.policy.retry, to.route.as_deref(), &parts.method);
+        if upgrade {
+            plan.attempts = plan.attempts.min(1);
+        }
+        let inside = match parts.version {
+            Version::HTTP_2 => Inside::Http2,
+            _ => Inside::Http1,
+        };
+        if inside == Inside::Http1 {
+            parts.version = Version::HTTP_11;
+        }
+        let resend = !upgrade && plan.may_resend(to.has_mesh_peers());
+        let keep =
+            (plan.attempts > 0 && resend).then_some(worker.shared.config.bounds.replay_bytes);
+        let (body, source) = RequestBody::new(body, &exchange.received, keep);
+        let spare = (resend && source.can_repeat()).then(|| parts.clone());
+        Self {
+            worker,
+            to,
+            plan,
+            inside,
+            request: Some(Request::from_parts(parts, body)),
+            spare,
+            source,
+            tried: Vec::new(),
+            retries: 0,
+            stale: 0,
+        }
+    }
+
+    async fn run(&mut self, exchange: &mut Exchange) -> Result<Tried, ProxyError> {
+        loop {
+            let endpoint = self.to.picker.pick(self.worker, &self.tried);
+            let endpoint =
+                endpoint.ok_or_else(|| ProxyError::NoEndpoint(self.to.circuit.name.clone()))?;
+            exchange.attempts += 1;
+            exchange.upstream = Some(endpoint.address);
+            let Some(request) = self.next_request() else {
+                return Err(ProxyError::Closed("its body cannot be sent again".into()));
+            };
+            let begun = self.worker.now();
+            let in_flight = InFlight::on(&endpoint);
+            let tried = self.one(&endpoint, request).await;
+            let latency = self.worker.now().saturating_duration_since(begun);
+            self.learn(&endpoint, &tried, latency);
+            let error = match tried {
+                Ok((response, lease)) => {
+                    if !self.wants_another(&response, &endpoint, exchange.grpc) {
+                        return Ok((response, lease, endpoint, in_flight));
+                    }
+                    None
+                }
+                Err(Failed {
+                    error,
+                    request,
+                    reused,
+                }) => {
+                    self.request = request;
+                    if self.is_stale(&error, reused) {
+                        continue;
+                    }
+                    if !self.may_retry(&error, reused) {
+                        exchange.flags = exchange.flags.with(self.exhausted(&error));
+                        return Err(error);
+                    }
+                    Some(error)
+                }
+            };
+            drop(in_flight);
+            self.tried.push(endpoint);
+            self.retries += 1;
+            self.pause(error.as_ref()).await;
+        }
+    }
+
+    /// Another endpoint need not be waited for when one could not be reached.
+    async fn pause(&self, error: Option<&ProxyError>) {
+        let elsewhere = self.to.picker.endpoints() > self.tried.len();
+        if !(elsewhere && matches!(error, Some(ProxyError::Connect { .. }))) {
+            sleep(self.plan.pause(self.retries, fastrand::f64())).await;
+        }
+    }
+
+    async fn one(
+        &self,
+        endpoint: &Rc<Endpoint>,
+        request: Request<RequestBody>,
+    ) -> Result<(Response<Incoming>, Lease), Failed> {
+        let sent = async {
+            let lease = Pool::lease(endpoint, self.worker, &self.to.circuit, self.inside).await;
+            let mut lease = match lease {
+                Ok(lease) => lease,
+                Err(error) => {
+                    return Err(Failed {
+                        error,
+                        request: Some(request),
+                        reused: false,
+                    });
+                }
+            };
+            let response = lease.send(request).await?;
+            Ok((response, lease))
+        };
+        let Some(after) = try_timeout(self.to) else {
+            return sent.await;
+        };
+        match timeout(after, sent).await {
+            Ok(sent) => sent,
+            Err(_) => {
+                let error = ProxyError::Timeout {
+                    what: "per-try",
+                    after,
+                };
+                Err(Failed {
+                    error,
+                    request: None,
+                    reused: false,
+                })
+            }
+        }
+    }
+
+    fn next_request(&mut self) -> Option<Request<RequestBody>> {
+        if let Some(request) = self.request.take() {
+            return Some(request);
+        }
+        let parts = self.spare.clone()?;
+        Some(Request::from_parts(parts, self.source.again()?))
+    }
+
+    /// A pooled connection that was closed before anything was written on it says nothing about
+    /// its endpoint: the next is taken at once, off the budget.
+    fn is_stale(&mut self, error: &ProxyError, reused: bool) -> bool {
+        let stale = reused && self.request.is_some() && matches!(error, ProxyError::Unsent(_));
+        self.stale += u32::from(stale);
+        stale && self.stale < STALE
+    }
+
+    fn may_retry(&self, error: &ProxyError, reused: bool) -> bool {
+        self.retries < self.plan.attempts
+            && self.plan.after_error(error, reused)
+            && (self.request.is_some() || self.spare.is_some() && self.source.can_repeat())
+            && self.take_from_budget()
+    }
+
+    fn wants_another<B>(&self, response: &Response<B>, endpoint: &Endpoint, grpc: bool) -> bool {
+        let mesh = endpoint.peer.is_some();
+        self.retries < self.plan.attempts
+            && self
+                .plan
+                .after_response(response.status(), response.headers(), grpc, mesh)
+            && self.spare.is_some()
+            && self.source.can_repeat()
+            && self.take_from_budget()
+    }
+
+    fn take_from_budget(&self) -> bool {
+        let now = self.worker.shared.clock.now_ms();
+        self.to
+            .shared
+            .budget
+            .try_retry(now, &self.to.policy.retry.budget)
+    }
+
+    fn exhausted(&self, error: &ProxyError) -> Flags {
+        let was_retried = self.retries > 0 && error.retry() != Retry::Never;
+        if was_retried {
+            Flags::RETRY_LIMIT
+        } else {
+            Flags::NONE
+        }
+    }
+
+    /// What a try says about its endpoint.
+    fn learn(
+        &self,
+        endpoint: &Endpoint,
+        tried: &Result<(Response<Incoming>, Lease), Failed>,
+        latency: Duration,
+    ) {
+        let now = self.worker.now();
+        let failed = match tried {
+            Ok((response, _)) => response.status().is_server_error(),
+            Err(Failed { error, reused, .. }) => match error {
+                ProxyError::Connect { .. } => true,
+                // The close of an idle connection, and what was refused in good order.
+                ProxyError::Closed(_) if *reused => return,
+                error if error.retry() == Retry::Safe => return,
+                error if error.fault() == Fault::Upstream => true,
+                _ => return,
+            },
+        };
+        if !failed {
+            endpoint.health.success();
+            endpoint.load.observe(now, latency);
+            return;
+        }
+        endpoint
+            .load
+            .observe(now, latency.max(self.to.policy.timeouts.connect));
+        if let Some(outlier) = &self.to.policy.outlier {
+            let now_ms = self.worker.shared.clock.ms(now);
+            let endpoints = self.to.picker.endpoints();
+            self.to
+                .shared
+                .outliers
+                .failure(&endpoint.health, now_ms, endpoints, outlier);
+        }
+    }
+}
+
+impl Destination {
+    fn has_mesh_peers(&self) -> bool {
+        match &self.picker {
+            Picker::Among(port) => port.has_mesh_peers(),
+            Picker::Only(endpoint) => endpoint.peer.is_some(),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! What comes in: who calls is established, whether they may is decided, and the application is
+//! called at the pod's own address.
+
+mod door;
+mod http;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::Instant,
+};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use turnpike_rules::{
+    Identity, ServiceKey,
+    authz::Call,
+    traffic::{Retry, TrafficPolicy},
+    workload::{MtlsMode, SelfConfig},
+};
+
+use crate::{
+    endpoint::Endpoint,
+    error::ProxyError,
+    http::exchange::Connection,
+    io::Stream,
+    observe::{Direction, Labels, Refusal, RefusalReason},
+    pool::Circuit,
+    shared::{Shared, SharedService},
+    tcp::Carried,
+    tls::Inside,
+    worker::{Accepted, Worker},
+};
+
+/// The inbound side of one worker.
+pub(crate) struct Inbound {
+    own: RefCell<watch::Receiver<Arc<SelfConfig>>>,
+    current: RefCell<Arc<SelfConfig>>,
+    /// The application's ports, with connections kept to them.
+    apps: RefCell<HashMap<SocketAddr, Rc<Endpoint>>>,
+    circuit: Rc<Circuit>,
+    shared: Arc<SharedService>,
+    policy: Rc<TrafficPolicy>,
+}
+
+/// Ports of the application that connections are kept to.
+const APPS: usize = 256;
+
+impl Inbound {
+    pub(crate) fn new(shared: &Shared) -> Self {
+        let mut own = shared.mesh.watch_self();
+        let current = own.borrow_and_update().clone();
+        let service = Arc::new(SharedService::default());
+        let policy = TrafficPolicy {
+            // Only to get past a connection that the application was closing just then; what the
+            // caller's side can repeat elsewhere is left to it.
+            retry: Retry {
+                attempts: 1,
+                ..Retry::default()
+            },
+            ..TrafficPolicy::default()
+        };
+        let idle = shared.config.bounds.app_pool_idle;
+        let circuit = Circuit::unlimited("the application", &service, idle);
+        Self {
+            own: RefCell::new(own),
+            current: RefCell::new(current),
+            apps: RefCell::default(),
+            circuit: Rc::new(circuit),
+            shared: service,
+            policy: Rc::new(policy),
+        }
+    }
+
+    /// The configuration as it is now.
+    pub(crate) fn config(&self) -> Arc<SelfConfig> {
+        // An error says that the control side is gone: the last good state holds.
+        if self.own.borrow().has_changed().unwrap_or(false) {
+            *self.current.borrow_mut() = self.own.borrow_mut().borrow_and_update().clone();
+        }
+        self.current.borrow().clone()
+    }
+
+    fn app(&self, worker: &Worker, address: SocketAddr) -> Rc<Endpoint> {
+        let mut apps = self.apps.borrow_mut();
+        if let Some(known) = apps.get(&address) {
+            return known.clone();
+        }
+        let uid = self.current.borrow().uid.clone();
+        let app = Endpoint::new(uid, address, None, None, Arc::default(), worker.now());
+        if apps.len() < APPS {
+            apps.insert(address, app.clone());
+        }
+        app
+    }
+
+    pub(crate) fn sweep(&self, now: Instant) {
+        self.apps.borrow_mut().retain(|_, app| {
+            !app.pool.sweep(now, self.circuit.pool_idle) || Rc::strong_count(app) > 1
+        });
+    }
+}
+
+/// Serves one captured connection from elsewhere.
+pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
+    let Accepted {
+        stream,
+        downstream,
+        permit: _permit,
+        ..
+    } = accepted;
+    door::open(worker, stream, downstream).await;
+}
+
+/// A caller that has been let in so far.
+pub(crate) struct Caller {
+    worker: Rc<Worker>,
+    downstream: SocketAddr,
+    original: SocketAddr,
+    /// Verified by mutual TLS.
+    identity: Option<Identity>,
+    /// The Service that was called, by the mesh's server name.
+    service: Option<ServiceKey>,
+    sni: Option<String>,
+}
+
+impl Caller {
+    /// Whether the connection as a whole may go on under `config`; the refusal says by which rule.
+    fn judge(&self, config: &SelfConfig) -> Result<(), (RefusalReason, String)> {
+        let port = self.original.port();
+        if self.identity.is_none() && config.mtls_for(port) == MtlsMode::Strict {
+            let details = format!(
+                "plaintext to port {port}, which is STRICT; call it from a workload of the mesh or \
+                 set a PeerAuthentication to PERMISSIVE"
+            );
+            return Err((RefusalReason::Strict, details));
+        }
+        Ok(())
+    }
+
+    /// As [`Caller::judge`], for opaque bytes, which authorization judges as one.
+    fn judge_tcp(&self, config: &SelfConfig) -> Result<(), (RefusalReason, String)> {
+        self.judge(config)?;
+        let call = self.call();
+        let verdict = config.authorization.check(&call);
+        if verdict.allowed {
+            Ok(())
+        } else {
+            Err((RefusalReason::Authorization, verdict.to_string()))
+        }
+    }
+
+    fn call(&self) -> Call<'_> {
+        Call {
+            identity: self.identity.as_ref(),
+            source: self.downstream.ip(),
+            port: self.original.port(),
+            http: None,
+        }
+    }
+
+    fn refuse(&self, (reason, details): (RefusalReason, String)) {
+        self.worker.refuse(&Refusal {
+            direction: Direction::Inbound,
+            reason,
+            downstream: Some(self.downstream),
+            original: Some(self.original),
+            details: &details,
+        });
+    }
+
+    fn labels(&self, grpc: bool) -> Labels {
+        Labels {
+            direction: Direction::Inbound,
+            peer: self.identity.clone(),
+            service: self.service.clone(),
+            passthrough: false,
+            grpc,
+            mutual_tls: self.identity.is_some(),
+        }
+    }
+
+    fn connection(&self) -> Rc<Connection> {
+        Rc::new(Connection {
+            observer: self.worker.shared.observer.clone(),
+            direction: Direction::Inbound,
+            downstream: self.downstream,
+            original: self.original,
+            peer: self.identity.clone(),
+            sni: self.sni.clone(),
+            active: Cell::new(0),
+            idle_since: Cell::new(self.worker.now()),
+        })
+    }
+
+    /// The application's end, if the caller may have it as opaque bytes.
+    async fn dial(&self) -> Result<crate::tls::Upstream, (RefusalReason, String)> {
+        self.judge_tcp(&self.worker.inbound.config())?;
+        let inbound = &self.worker.inbound;
+        let app = inbound.app(&self.worker, self.original);
+        let dialled = app
+            .dial(&self.worker, inbound.circuit.connect.get(), Inside::Tcp)
+            .await;
+        dialled.map_err(|error: ProxyError| (RefusalReason::NoRoute, error.to_string()))
+    }
+
+    /// Relays opaque bytes for as long as policy allows.
+    async fn relay(self, mut client: impl Stream, mut app: crate::tls::Upstream) {
+        let worker = self.worker.clone();
+        let caller = Rc::new(self);
+        let mut judged = worker.inbound.config();
+        let watched = caller.clone();
+        let carried = Carried {
+            connection: caller.connection(),
+            series: worker.shared.observer.tcp(&caller.labels(false)),
+            idle: worker.inbound.policy.timeouts.idle,
+            upstream: caller.original,
+            service: caller.service.clone(),
+            callee: None,
+            still_allowed: Some(Box::new(move || {
+                let now = watched.worker.inbound.config();
+                if Arc::ptr_eq(&now, &judged) {
+                    return true;
+                }
+                let verdict = watched.judge_tcp(&now);
+                judged = now;
+                verdict.map_err(|why| watched.refuse(why)).is_ok()
+            })),
+        };
+        carried.run(&worker, &mut client, &mut app).await;
+    }
+
+    /// Opaque bytes to the application, after those already read.
+    async fn pass(self, stream: impl Stream, read: Bytes) {
+        match self.dial().await {
+            Ok(app) => self.relay(crate::io::Rewind::new(read, stream), app).await,
+            Err(why) => self.refuse(why),
+        }
+    }
+}
+
+/// An error as the other end of a connection sees it: ended, not hung.
+fn reset(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    stream.set_zero_linger()
+}

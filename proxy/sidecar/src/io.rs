@@ -1,0 +1,153 @@
+//! Streams: bytes already read are given back, sockets are set up, peers may be TLS or not.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// A byte stream of either kind.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for T {}
+
+/// A stream whose first bytes were read to see what they are.
+#[derive(Debug)]
+pub(crate) struct Rewind<T> {
+    read: Bytes,
+    inner: T,
+}
+
+impl<T> Rewind<T> {
+    pub(crate) fn new(read: Bytes, inner: T) -> Self {
+        Self { read, inner }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Rewind<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.read.is_empty() {
+            return Pin::new(&mut self.inner).poll_read(cx, buf);
+        }
+        let here = self.read.len().min(buf.remaining());
+        buf.put_slice(&self.read[..here]);
+        self.read.advance(here);
+        if self.read.is_empty() {
+            // Gives the memory back for the rest of the connection.
+            self.read = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Rewind<T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// What [`first_flight`] ended with.
+#[derive(Debug)]
+pub(crate) enum Flight {
+    Detected(turnpike_detect::Detection),
+    /// The client sent nothing at all in the time given.
+    Silent,
+    /// It began something and did not finish it in time.
+    Slow,
+    Closed,
+}
+
+/// Reads until the protocol is known. `silence` bounds the wait for a first byte, `head` the rest.
+pub(crate) async fn first_flight(
+    stream: &mut TcpStream,
+    silence: Duration,
+    head: Duration,
+) -> (Bytes, Flight) {
+    let mut read = bytes::BytesMut::new();
+    match timeout(silence, stream.readable()).await {
+        Err(_) => return (Bytes::new(), Flight::Silent),
+        Ok(Err(_)) => return (Bytes::new(), Flight::Closed),
+        Ok(Ok(())) => {}
+    }
+    let detect = async {
+        loop {
+            read.reserve(2048);
+            match stream.read_buf(&mut read).await {
+                Ok(0) | Err(_) => return Flight::Closed,
+                Ok(_) => {}
+            }
+            match turnpike_detect::detect(&read) {
+                turnpike_detect::Detection::NeedMore => {}
+                decided => return Flight::Detected(decided),
+            }
+        }
+    };
+    let flight = timeout(head, detect).await.unwrap_or(Flight::Slow);
+    (read.freeze(), flight)
+}
+
+/// Connects; `deadline` bounds it.
+pub(crate) async fn connect(address: SocketAddr, deadline: Duration) -> io::Result<TcpStream> {
+    let stream = timeout(deadline, TcpStream::connect(address))
+        .await
+        .map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no answer in {deadline:?}"),
+            )
+        })??;
+    prepare(&stream);
+    Ok(stream)
+}
+
+/// How long sent bytes may stay unacknowledged, and how long a silent peer is not probed: a dead
+/// peer's connections end instead of hanging.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
+
+/// Sets what every carried socket has. Failing is no reason to refuse the connection.
+pub(crate) fn prepare(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let socket = SockRef::from(stream);
+    let _ = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(10));
+    let _ = socket.set_tcp_keepalive(&keepalive);
+}

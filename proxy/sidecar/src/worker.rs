@@ -1,0 +1,361 @@
+//! A worker: one thread with a runtime, connections and pools of its own.
+//!
+//! With one worker it accepts for itself. With more, the first accepts for all and hands each
+//! connection to the one that has the fewest.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+};
+use turnpike_rules::{ServiceKey, workload::Workload};
+
+use crate::{
+    capture,
+    drain::Stage,
+    endpoint::Endpoint,
+    inbound::Inbound,
+    limits::Permit,
+    observe::{Direction, Refusal, RefusalReason},
+    outbound,
+    pool::Circuit,
+    service::{self, Service},
+    shared::{Shared, SharedService},
+};
+
+/// How often idle connections and slow clients are looked for.
+const SWEEP: Duration = Duration::from_millis(500);
+/// Pods called by their own addresses that are kept, with their connections.
+const DIRECT: usize = 1024;
+/// Connections on their way to another worker. Full: the accepting worker waits, and the kernel's
+/// queue holds what arrives.
+const HANDOVER: usize = 64;
+
+pub(crate) struct Worker {
+    pub(crate) shared: Arc<Shared>,
+    services: RefCell<HashMap<ServiceKey, Rc<Service>>>,
+    direct: RefCell<HashMap<PodPort, Rc<Endpoint>>>,
+    pub(crate) inbound: Inbound,
+    watched: RefCell<Vec<Look>>,
+}
+
+/// A pod's uid with the address and port that it is called at.
+type PodPort = (Arc<str>, SocketAddr);
+/// Looks after one connection at a time in milliseconds; false when it is over.
+type Look = Box<dyn FnMut(u64) -> bool>;
+
+/// A connection just accepted.
+pub(crate) struct Accepted<S = TcpStream> {
+    pub(crate) stream: S,
+    pub(crate) downstream: SocketAddr,
+    pub(crate) direction: Direction,
+    pub(crate) permit: Permit,
+}
+
+/// Where the other workers are reached.
+pub(crate) struct Others {
+    /// Connections of each worker, this one first.
+    pub(crate) loads: Arc<[AtomicUsize]>,
+    pub(crate) senders: Vec<mpsc::Sender<Accepted<std::net::TcpStream>>>,
+}
+
+impl Worker {
+    pub(crate) fn new(shared: Arc<Shared>) -> Rc<Self> {
+        Rc::new(Self {
+            inbound: Inbound::new(&shared),
+            shared,
+            services: RefCell::default(),
+            direct: RefCell::default(),
+            watched: RefCell::default(),
+        })
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        self.shared.clock.now()
+    }
+
+    /// A Service, asked for on first use and again when it went away.
+    pub(crate) async fn service(&self, key: &ServiceKey) -> Option<Rc<Service>> {
+        let known = self.services.borrow().get(key).cloned();
+        if known.is_some() {
+            return known;
+        }
+        let watch = self.shared.mesh.service(key).await?;
+        let mut services = self.services.borrow_mut();
+        let service = services.entry(key.clone());
+        Some(
+            service
+                .or_insert_with(|| Service::new(self, key.clone(), watch))
+                .clone(),
+        )
+    }
+
+    /// Forgets a Service whose watch has ended, so that the next use asks for it anew.
+    pub(crate) fn forget(&self, gone: &Rc<Service>) {
+        let mut services = self.services.borrow_mut();
+        if services
+            .get(&gone.key)
+            .is_some_and(|known| Rc::ptr_eq(known, gone))
+        {
+            services.remove(&gone.key);
+        }
+    }
+
+    /// A pod called by its own address.
+    pub(crate) fn direct(&self, workload: &Workload, port: u16) -> Option<Rc<Endpoint>> {
+        let key = (
+            workload.uid.clone(),
+            SocketAddr::new(workload.address, port),
+        );
+        let mut direct = self.direct.borrow_mut();
+        let known = direct.get(&key).filter(|known| {
+            known.identity() == workload.identity.as_ref() && known.service == workload.service
+        });
+        if let Some(known) = known {
+            return Some(known.clone());
+        }
+        let endpoint = service::direct(self, workload, port)?;
+        if direct.len() >= DIRECT {
+            direct.retain(|_, known| Rc::strong_count(known) > 1);
+        }
+        if direct.len() < DIRECT {
+            direct.insert(key, endpoint.clone());
+        }
+        Some(endpoint)
+    }
+
+    /// What stands in for limits where no Service sets any.
+    pub(crate) fn unlimited(&self, name: &str) -> (Rc<Circuit>, Arc<SharedService>) {
+        let shared = Arc::new(SharedService::default());
+        let bounds = &self.shared.config.bounds;
+        let circuit = Circuit::unlimited(name, &shared, bounds.pool_idle);
+        (Rc::new(circuit), shared)
+    }
+
+    /// Has `look` called at every sweep with the time in milliseconds, until it says false.
+    pub(crate) fn watch(&self, look: impl FnMut(u64) -> bool + 'static) {
+        self.watched.borrow_mut().push(Box::new(look));
+    }
+
+    pub(crate) fn refuse(&self, refusal: &Refusal<'_>) {
+        self.shared.observer.refused(refusal);
+    }
+
+    /// Serves one connection to its end.
+    async fn serve(self: Rc<Self>, accepted: Accepted) {
+        let cut = self.shared.drain.clone();
+        let carried = async {
+            match accepted.direction {
+                Direction::Outbound => outbound::serve(&self, accepted).await,
+                Direction::Inbound => crate::inbound::serve(&self, accepted).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = carried => {}
+            () = cut.reached(Stage::Cut) => {}
+        }
+    }
+
+    async fn sweep(self: Rc<Self>) {
+        let mut interval = tokio::time::interval(SWEEP);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            let now = self.now();
+            let now_ms = self.shared.clock.ms(now);
+            // Taken out, since a look may end a connection that watches another.
+            let mut watched = std::mem::take(&mut *self.watched.borrow_mut());
+            watched.retain_mut(|look| look(now_ms));
+            self.watched.borrow_mut().append(&mut watched);
+            self.services
+                .borrow_mut()
+                .retain(|_, service| !service.sweep(&self));
+            let idle = self.shared.config.bounds.pool_idle;
+            self.direct.borrow_mut().retain(|_, endpoint| {
+                !endpoint.pool.sweep(now, idle) || Rc::strong_count(endpoint) > 1
+            });
+            self.inbound.sweep(now);
+        }
+    }
+}
+
+/// Runs the worker that accepts, until the drain is over.
+pub(crate) async fn run_first(
+    worker: Rc<Worker>,
+    listeners: Vec<(Direction, std::net::TcpListener)>,
+    others: Others,
+) -> io::Result<()> {
+    let others = Rc::new(others);
+    let sweep = tokio::task::spawn_local(worker.clone().sweep());
+    let mut accepting = tokio::task::JoinSet::new();
+    for (direction, listener) in listeners {
+        let listener = TcpListener::from_std(listener)?;
+        accepting.spawn_local(accept_all(
+            worker.clone(),
+            direction,
+            listener,
+            others.clone(),
+        ));
+    }
+    while accepting.join_next().await.is_some() {}
+    finish(&worker).await;
+    sweep.abort();
+    Ok(())
+}
+
+/// Runs one of the other workers.
+pub(crate) async fn run_other(
+    worker: Rc<Worker>,
+    mut accepted: mpsc::Receiver<Accepted<std::net::TcpStream>>,
+    index: usize,
+    loads: Arc<[AtomicUsize]>,
+) {
+    let sweep = tokio::task::spawn_local(worker.clone().sweep());
+    while let Some(Accepted {
+        stream,
+        downstream,
+        direction,
+        permit,
+    }) = accepted.recv().await
+    {
+        if let Ok(stream) = TcpStream::from_std(stream) {
+            let accepted = Accepted {
+                stream,
+                downstream,
+                direction,
+                permit,
+            };
+            spawn(&worker, accepted, index, loads.clone());
+        }
+    }
+    finish(&worker).await;
+    sweep.abort();
+}
+
+/// Returns when no connection is left, or they were cut.
+async fn finish(worker: &Worker) {
+    let cut = worker.shared.drain.reached(Stage::Cut);
+    let quiet = async {
+        while worker.shared.open_inbound.count() + worker.shared.open_outbound.count() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = cut => {}
+        () = quiet => {}
+    }
+    // Those that were cut get to see it.
+    tokio::task::yield_now().await;
+}
+
+fn spawn(worker: &Rc<Worker>, accepted: Accepted, index: usize, loads: Arc<[AtomicUsize]>) {
+    loads[index].fetch_add(1, Relaxed);
+    let served = worker.clone().serve(accepted);
+    tokio::task::spawn_local(async move {
+        served.await;
+        loads[index].fetch_sub(1, Relaxed);
+    });
+}
+
+async fn accept_all(
+    worker: Rc<Worker>,
+    direction: Direction,
+    listener: TcpListener,
+    others: Rc<Others>,
+) {
+    let (stage, open) = match direction {
+        Direction::Inbound => (Stage::Inbound, &worker.shared.open_inbound),
+        Direction::Outbound => (Stage::All, &worker.shared.open_outbound),
+    };
+    let most = worker.shared.config.bounds.connections;
+    let drain = worker.shared.drain.clone();
+    let accept = async {
+        loop {
+            // Before accepting, so that what is over the limit waits in the kernel's queue.
+            let permit = loop {
+                if let Some(permit) = open.try_acquire(most) {
+                    break permit;
+                }
+                overloaded(&worker, direction, "connections are at their limit");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            };
+            let (stream, downstream) = capture::accept(&listener, |error| {
+                overloaded(&worker, direction, &format!("accept: {error}"));
+            })
+            .await;
+            hand_over(
+                &worker,
+                Accepted {
+                    stream,
+                    downstream,
+                    direction,
+                    permit,
+                },
+                &others,
+            )
+            .await;
+        }
+    };
+    tokio::select! {
+        () = accept => {}
+        () = drain.reached(stage) => {}
+    }
+}
+
+async fn hand_over(worker: &Rc<Worker>, accepted: Accepted, others: &Others) {
+    let loads = &others.loads;
+    let least = (0..loads.len())
+        .min_by_key(|index| loads[*index].load(Relaxed))
+        .unwrap_or(0);
+    if least == 0 {
+        spawn(worker, accepted, 0, loads.clone());
+        return;
+    }
+    let Accepted {
+        stream,
+        downstream,
+        direction,
+        permit,
+    } = accepted;
+    if let Ok(stream) = stream.into_std() {
+        let accepted = Accepted {
+            stream,
+            downstream,
+            direction,
+            permit,
+        };
+        // A worker that is gone closes the connection, as it closed its others.
+        let _ = others.senders[least - 1].send(accepted).await;
+    }
+}
+
+fn overloaded(worker: &Worker, direction: Direction, details: &str) {
+    worker.refuse(&Refusal {
+        direction,
+        reason: RefusalReason::Overload,
+        downstream: None,
+        original: None,
+        details,
+    });
+}
+
+/// Channels to the workers after the first.
+pub(crate) fn handover() -> (
+    mpsc::Sender<Accepted<std::net::TcpStream>>,
+    mpsc::Receiver<Accepted<std::net::TcpStream>>,
+) {
+    mpsc::channel(HANDOVER)
+}
