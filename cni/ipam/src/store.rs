@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    Attachment, Config, Full, Holder, Lease, Moment, Pool, Record, encode,
+    Attachment, Config, EniId, Full, Holder, Lease, Moment, Pool, Record, encode,
     journal::{Journal, JournalError, Opened},
 };
 
@@ -193,6 +193,12 @@ impl Store {
 
     pub fn confirm(&self, attachment: &Attachment) {
         self.shared.state.lock().pool.confirm(attachment);
+    }
+
+    /// See [`Pool::ready`].
+    pub fn ready(&self, eni: &EniId) {
+        self.shared.state.lock().pool.ready(eni);
+        self.shared.changes.send_modify(|count| *count += 1);
     }
 
     /// Wakes after every change of the pool.

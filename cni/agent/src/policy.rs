@@ -1,0 +1,330 @@
+//! What the control plane says of this node's pods and of who the cluster is.
+//!
+//! One snapshot, replaced under readers' eyes, kept on disk: a restarted agent enforces what it
+//! last heard until the controller speaks again. What only the disk says, and the controller does
+//! not confirm soon after it is back, is dropped.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use prost::Message;
+use tokio::sync::watch;
+use turnpike_rules::pod::{Members, PodNetwork};
+use turnpike_wire::{
+    ads::{Handler, Update},
+    discovery::DeltaDiscoveryResponse,
+    resource::{Resource, pack},
+};
+
+use crate::node::Node;
+
+const FILE: &str = "policy.snapshot";
+/// Changes within this time share one write.
+const WRITE_PAUSE: Duration = Duration::from_millis(250);
+/// How long after a connection the controller may take to confirm what the disk said.
+const CONFIRM_WITHIN: Duration = Duration::from_secs(30);
+
+/// All that was heard, and from whom.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    pods: BTreeMap<String, Arc<PodNetwork>>,
+    members: BTreeMap<String, Arc<Members>>,
+    /// Names that only the disk vouches for.
+    unconfirmed: BTreeSet<String>,
+    pub connected: bool,
+}
+
+impl Snapshot {
+    pub fn members(&self) -> impl Iterator<Item = (&String, &Arc<Members>)> {
+        self.members.iter()
+    }
+
+    pub fn pods(&self) -> impl Iterator<Item = &Arc<PodNetwork>> {
+        self.pods.values()
+    }
+}
+
+/// The cache. Cheap to clone; all clones are one.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    snapshot: Arc<watch::Sender<Snapshot>>,
+}
+
+impl Policy {
+    /// Begins with what the disk says; without it, with nothing.
+    pub fn load(state: &Path) -> Self {
+        let snapshot = match read(&state.join(FILE)) {
+            Ok(snapshot) => snapshot,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Snapshot::default(),
+            Err(error) => {
+                tracing::warn!(%error, "the last policy cannot be read; the controller's is awaited");
+                Snapshot::default()
+            }
+        };
+        Self {
+            snapshot: Arc::new(watch::Sender::new(snapshot)),
+        }
+    }
+
+    pub fn pod(&self, name: &str) -> Option<Arc<PodNetwork>> {
+        self.snapshot.borrow().pods.get(name).cloned()
+    }
+
+    pub fn watch(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.subscribe()
+    }
+
+    /// Takes an update whole, or nothing of it.
+    fn apply(&self, update: Update) -> Result<(), String> {
+        let Update {
+            type_url,
+            added,
+            removed,
+        } = update;
+        let mut pods = Vec::new();
+        let mut members = Vec::new();
+        for it in added {
+            let name = it.name;
+            if type_url == PodNetwork::TYPE_URL {
+                let pod = PodNetwork::decode(&name, &it.bytes).map_err(|e| e.to_string())?;
+                pods.push((name, Arc::new(pod)));
+            } else if type_url == Members::TYPE_URL {
+                let group = Members::decode(&name, &it.bytes).map_err(|e| e.to_string())?;
+                members.push((name, Arc::new(group)));
+            } else {
+                return Err(format!("{type_url} was not asked for"));
+            }
+        }
+        self.snapshot.send_modify(|snapshot| {
+            let heard = pods
+                .iter()
+                .map(|(name, _)| name)
+                .chain(members.iter().map(|(n, _)| n));
+            for name in heard.chain(&removed) {
+                snapshot.unconfirmed.remove(&confirmable(&type_url, name));
+            }
+            for name in &removed {
+                if type_url == PodNetwork::TYPE_URL {
+                    snapshot.pods.remove(name);
+                } else {
+                    snapshot.members.remove(name);
+                }
+            }
+            snapshot.pods.extend(pods);
+            snapshot.members.extend(members);
+        });
+        Ok(())
+    }
+
+    fn drop_unconfirmed(&self) {
+        self.snapshot.send_modify(|snapshot| {
+            let unconfirmed = std::mem::take(&mut snapshot.unconfirmed);
+            let keep = |type_url: &str, name: &str| {
+                let known = !unconfirmed.contains(&confirmable(type_url, name));
+                if !known {
+                    tracing::info!(type_url, name, "dropped: the controller does not know it");
+                }
+                known
+            };
+            snapshot
+                .pods
+                .retain(|name, _| keep(PodNetwork::TYPE_URL, name));
+            snapshot
+                .members
+                .retain(|name, _| keep(Members::TYPE_URL, name));
+        });
+    }
+}
+
+fn confirmable(type_url: &str, name: &str) -> String {
+    format!("{type_url} {name}")
+}
+
+impl Handler for Policy {
+    fn apply(&mut self, update: Update) -> Result<(), String> {
+        Self::apply(self, update)
+    }
+
+    fn connection(&mut self, connected: bool) {
+        self.snapshot
+            .send_modify(|snapshot| snapshot.connected = connected);
+    }
+}
+
+/// Writes the snapshot when it has changed, until the node stops.
+pub async fn keep(node: Arc<Node>) {
+    let path = node.settings.state_dir.join(FILE);
+    let mut changes = node.policy.watch();
+    loop {
+        let changed = node.stop.run_until_cancelled(changes.changed()).await;
+        if changed.is_none() {
+            return;
+        }
+        node.stop
+            .run_until_cancelled(tokio::time::sleep(WRITE_PAUSE))
+            .await;
+        let bytes = encode(&changes.borrow_and_update());
+        let path = path.clone();
+        let written = tokio::task::spawn_blocking(move || write(&path, &bytes)).await;
+        if let Ok(Err(error)) = written {
+            tracing::error!(%error, "policy was not kept: a restart would begin with an older one");
+        }
+    }
+}
+
+/// Drops what the controller does not confirm, some time after it is back.
+pub async fn confirm(node: Arc<Node>) {
+    let mut changes = node.policy.watch();
+    loop {
+        let connected = changes.wait_for(|snapshot| snapshot.connected);
+        match node.stop.run_until_cancelled(connected).await {
+            Some(Ok(_)) => {}
+            Some(Err(_)) | None => return,
+        }
+        let lost = changes.wait_for(|snapshot| !snapshot.connected);
+        tokio::select! {
+            () = node.stop.cancelled() => return,
+            _ = lost => {}
+            () = tokio::time::sleep(CONFIRM_WITHIN) => {
+                node.policy.drop_unconfirmed();
+                node.policy_wanted.notify_one();
+                return;
+            }
+        }
+    }
+}
+
+fn encode(snapshot: &Snapshot) -> Vec<u8> {
+    let pods = snapshot
+        .pods
+        .iter()
+        .map(|(name, pod)| pack(name, "", &**pod));
+    let members = snapshot
+        .members
+        .iter()
+        .map(|(name, group)| pack(name, "", &**group));
+    let resources = pods.chain(members).collect();
+    DeltaDiscoveryResponse {
+        resources,
+        ..DeltaDiscoveryResponse::default()
+    }
+    .encode_to_vec()
+}
+
+fn write(path: &PathBuf, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    fs::write(&new, bytes)?;
+    fs::File::open(&new)?.sync_all()?;
+    fs::rename(&new, path)
+}
+
+fn read(path: &Path) -> io::Result<Snapshot> {
+    let bytes = fs::read(path)?;
+    let response = DeltaDiscoveryResponse::decode(&*bytes).map_err(io::Error::other)?;
+    let mut snapshot = Snapshot::default();
+    for resource in response.resources {
+        let (name, body) = (resource.name, resource.resource.unwrap_or_default());
+        if body.type_url == PodNetwork::TYPE_URL {
+            let pod = PodNetwork::decode(&name, &body.value).map_err(io::Error::other)?;
+            snapshot.pods.insert(name.clone(), Arc::new(pod));
+        } else {
+            let group = Members::decode(&name, &body.value).map_err(io::Error::other)?;
+            snapshot.members.insert(name.clone(), Arc::new(group));
+        }
+        snapshot
+            .unconfirmed
+            .insert(confirmable(&body.type_url, &name));
+    }
+    Ok(snapshot)
+}
+
+#[cfg(test)]
+mod tests {
+    use turnpike_rules::Identity;
+    use turnpike_wire::ads::Added;
+
+    use super::*;
+
+    fn pod(name: &str) -> PodNetwork {
+        PodNetwork {
+            uid: "u1".into(),
+            namespace: "shop".into(),
+            name: name.into(),
+            identity: Identity::new("cluster.local", "shop", "web").unwrap(),
+            capture: None,
+            selected: true,
+            inbound: Vec::new(),
+        }
+    }
+
+    fn added(name: &str, bytes: Vec<u8>) -> Added {
+        Added {
+            name: name.into(),
+            version: "1".into(),
+            bytes,
+        }
+    }
+
+    fn update(added: Vec<Added>, removed: &[&str]) -> Update {
+        let removed = removed.iter().map(|name| (*name).to_owned()).collect();
+        Update {
+            type_url: PodNetwork::TYPE_URL.into(),
+            added,
+            removed,
+        }
+    }
+
+    #[test]
+    fn one_bad_resource_refuses_the_update_and_the_old_state_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let policy = Policy::load(folder.path());
+        policy
+            .apply(update(vec![added("c/shop/a", pod("a").encode())], &[]))
+            .unwrap();
+        let bad = update(
+            vec![
+                added("c/shop/b", pod("b").encode()),
+                added("c/shop/x", vec![0xff; 9]),
+            ],
+            &["c/shop/a"],
+        );
+        assert!(policy.apply(bad).unwrap_err().contains("c/shop/x"));
+        assert!(policy.pod("c/shop/a").is_some() && policy.pod("c/shop/b").is_none());
+    }
+
+    #[test]
+    fn the_disk_speaks_until_the_controller_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let policy = Policy::load(folder.path());
+        let both = vec![
+            added("c/shop/a", pod("a").encode()),
+            added("c/shop/b", pod("b").encode()),
+        ];
+        policy.apply(update(both, &[])).unwrap();
+        let bytes = encode(&policy.watch().borrow());
+        write(&folder.path().join(FILE), &bytes).unwrap();
+
+        let policy = Policy::load(folder.path());
+        assert_eq!(*policy.pod("c/shop/a").unwrap(), pod("a"));
+        policy
+            .apply(update(vec![added("c/shop/b", pod("b").encode())], &[]))
+            .unwrap();
+        policy.drop_unconfirmed();
+        assert!(policy.pod("c/shop/a").is_none() && policy.pod("c/shop/b").is_some());
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_no_reason_not_to_start() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(FILE), [0xff; 40]).unwrap();
+        assert_eq!(
+            Policy::load(folder.path()).watch().borrow().pods().count(),
+            0
+        );
+    }
+}

@@ -1,0 +1,164 @@
+//! What outlived the last run: pods are taken over, halves are cleared away.
+
+use std::sync::Arc;
+
+use turnpike_datapath::{Error, Found};
+use turnpike_ipam::{Finding, Lease};
+
+use crate::{
+    apply, attach,
+    node::{Node, note_of},
+    note::Note,
+};
+
+/// Brings journal and kernel together, before any request is served.
+pub async fn restore(node: &Arc<Node>) -> Result<(), Error> {
+    apply::set_members(node, &mut apply::Set::new()).await?;
+    let found = node.datapath.list().await?;
+    let leases = node.leases();
+    let mut alive = Vec::new();
+    for found in found {
+        if is_half(&found, &leases) {
+            tracing::info!(
+                interface = found.host_interface,
+                "cleared away: its ADD never ended"
+            );
+            if let Err(error) = node.datapath.remove(&found).await {
+                tracing::error!(interface = found.host_interface, %error, "not all gone");
+                alive.push(found); // its addresses stay out of everybody's hands
+            }
+        } else {
+            alive.push(found);
+        }
+    }
+    let live = node.live(&alive);
+    let now = node.now();
+    let (outcome, recorded) = node
+        .store
+        .change(|pool, log| pool.restore(&live, now, log))
+        .await;
+    if let Err(error) = recorded {
+        tracing::error!(%error, "the restored pool is not on record");
+    }
+    report(&outcome.findings);
+    adopt(node, &alive).await;
+    tracing::info!(pods = live.len(), "restored");
+    Ok(())
+}
+
+/// A link whose ADD was never acknowledged: ours, but without an end to its ADD on record.
+fn is_half(found: &Found, leases: &[Lease]) -> bool {
+    match &found.container_id {
+        None => !found.up,
+        Some(id) => leases
+            .iter()
+            .any(|lease| lease.holder.attachment.container_id == *id && note_of(lease).is_none()),
+    }
+}
+
+async fn adopt(node: &Node, alive: &[Found]) {
+    for lease in node.leases() {
+        let Some(note) = note_of(&lease) else {
+            continue;
+        };
+        let linked = |found: &&Found| {
+            found.container_id.as_deref() == Some(&*lease.holder.attachment.container_id)
+        };
+        if !alive.iter().any(|found| linked(&found)) {
+            continue;
+        }
+        let Note { applied, enforced } = note;
+        let plan = node.plan(&lease, &enforced);
+        match node.datapath.adopt(&plan, &applied).await {
+            Ok(()) => node.announce(&lease, &enforced),
+            Err(error) => {
+                let attachment = &lease.holder.attachment;
+                tracing::error!(%attachment, %error, "a running pod could not be taken over");
+            }
+        }
+    }
+}
+
+/// Does what was left to do while nobody was there. `Err`: the folder cannot be read.
+pub async fn bury(node: &Arc<Node>) -> std::io::Result<()> {
+    for (path, tombstone) in node.tombstones.read()? {
+        let crate::tombstones::Tombstone {
+            container_id,
+            ifname,
+            ..
+        } = tombstone;
+        let attachment = turnpike_ipam::Attachment {
+            container_id,
+            ifname,
+        };
+        tracing::info!(%attachment, "deleted, as a tombstone says");
+        // Gone first: a DEL that fails leaves a new one.
+        std::fs::remove_file(&path)?;
+        attach::del(node, &attachment).await;
+    }
+    Ok(())
+}
+
+/// Says what a look at EC2 or the kernel found out of order.
+pub fn report(findings: &[Finding]) {
+    for finding in findings {
+        match finding {
+            Finding::LiveNotAssigned { address } => tracing::error!(
+                %address,
+                "a pod uses an address that EC2 does not hold for this node: its packets are lost"
+            ),
+            Finding::LeaseWithoutLink {
+                attachment,
+                address,
+            } => {
+                tracing::warn!(%attachment, %address, "a lease without a link: its address cools");
+            }
+            Finding::Adopted {
+                attachment,
+                address,
+            } => tracing::warn!(
+                %attachment, %address,
+                "a pod without a lease: its address is kept for it"
+            ),
+            Finding::Conflict {
+                address,
+                holder,
+                live,
+            } => tracing::error!(
+                %address, %holder, %live,
+                "two attachments claim one address; the one with the link keeps it"
+            ),
+            Finding::Unknown { eni, address } => {
+                tracing::warn!(%eni, %address, "EC2 lists an address unasked: quarantined");
+            }
+            Finding::EniMissing { eni } => {
+                tracing::error!(%eni, "EC2 does not list an interface that pods use");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(container_id: Option<&str>, up: bool) -> Found {
+        Found {
+            container_id: container_id.map(str::to_owned),
+            host_interface: "eni1".into(),
+            host_mac: "02:00:00:00:00:01".parse().unwrap(),
+            up,
+            addresses: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn only_what_was_never_acknowledged_is_a_half() {
+        assert!(is_half(&found(None, false), &[]), "never named, never up");
+        assert!(!is_half(&found(None, true), &[]), "somebody else's pod");
+        assert!(
+            !is_half(&found(Some("c"), true), &[]),
+            "the journal was lost, the pod lives"
+        );
+    }
+}

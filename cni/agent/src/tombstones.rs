@@ -1,0 +1,123 @@
+//! DELs that could not be done: by the CNI executable while the agent was away, or by the agent
+//! while the kernel refused. A file each, in a folder beside the socket, which a reboot empties as
+//! it does the pods.
+
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use turnpike_ipam::Attachment;
+
+/// Tombstones read at once; the rest is read the next time.
+const BATCH: usize = 4096;
+const LARGEST: u64 = 64 * 1024;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tombstone {
+    pub container_id: String,
+    pub netns: String,
+    pub ifname: String,
+    pub network: String,
+    pub pod_namespace: String,
+    pub pod_name: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct Tombstones {
+    folder: PathBuf,
+}
+
+impl Tombstones {
+    /// The folder beside the CNI socket; root's alone.
+    pub fn beside(socket: &Path) -> io::Result<Self> {
+        let folder = socket.parent().unwrap_or(Path::new("/")).join("tombstones");
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)?;
+        Ok(Self { folder })
+    }
+
+    /// What waits to be done, with the file that says so. What cannot be read is put aside.
+    pub fn read(&self) -> io::Result<Vec<(PathBuf, Tombstone)>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.folder)?.take(BATCH) {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            match read_one(&path) {
+                Ok(tombstone) => found.push((path, tombstone)),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "unreadable tombstone set aside");
+                    fs::rename(&path, path.with_extension("unreadable"))?;
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Leaves one for the next time.
+    pub fn leave(&self, attachment: &Attachment) -> io::Result<()> {
+        let Attachment {
+            container_id,
+            ifname,
+        } = attachment;
+        let tombstone = Tombstone {
+            container_id: container_id.clone(),
+            ifname: ifname.clone(),
+            ..Tombstone::default()
+        };
+        let name = format!("{}-{}", plain(container_id), plain(ifname));
+        let new = self.folder.join(format!("{name}.tmp"));
+        fs::write(&new, serde_json::to_vec(&tombstone)?)?;
+        fs::rename(&new, self.folder.join(format!("{name}.json")))
+    }
+}
+
+fn read_one(path: &Path) -> io::Result<Tombstone> {
+    if fs::metadata(path)?.len() > LARGEST {
+        return Err(io::Error::other("larger than any tombstone"));
+    }
+    Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+/// Nothing in a file name that is not an id's.
+fn plain(text: &str) -> String {
+    text.chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .take(200)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_read_and_garbage_is_set_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let tombstones = Tombstones::beside(&folder.path().join("cni.sock")).unwrap();
+        let attachment = Attachment {
+            container_id: "../c/1".into(),
+            ifname: "eth0".into(),
+        };
+        tombstones.leave(&attachment).unwrap();
+        fs::write(folder.path().join("tombstones/x.json"), "{not json").unwrap();
+        fs::write(folder.path().join("tombstones/half.tmp"), "{").unwrap();
+        let found = tombstones.read().unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].1.container_id, "../c/1");
+        assert!(folder.path().join("tombstones/x.unreadable").exists());
+    }
+}
