@@ -1,0 +1,496 @@
+//! The network behind the API: a router namespace that carries what EC2 has assigned, and nothing
+//! else.
+//!
+//! An interface is a veth pair: `eniN` in the router, `ethN` in the instance's namespace. The
+//! router has a route and a neighbour entry for each assigned address, answers for neighbours in
+//! the subnet by proxy ARP, and drops what EC2 does not know ([`rules`]). Towards the pretended
+//! internet there is one link with NAT. [`Fabric::apply`] brings the ports in line with
+//! [`World::ports`](crate::world::World::ports); [`isolation`] proves that no way leads outside.
+
+pub mod isolation;
+mod links;
+pub(crate) mod rules;
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use tokio::task;
+
+use self::{
+    links::{Links, Peer, Via},
+    rules::{PORT, UPLINK},
+};
+use crate::{
+    netns::{self, Namespace},
+    spec::{METADATA, Spec},
+    world::{InterfaceId, Port},
+};
+
+/// As EC2's within a VPC, and the internet's beyond.
+const VPC_MTU: u32 = 9001;
+const INTERNET_MTU: u32 = 1500;
+/// The router on every link, for IPv6.
+const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// The link between router and internet, for IPv6.
+const UPLINK6: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1),
+    Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 2),
+];
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Namespace(#[from] netns::Error),
+    #[error("{action}: {source}")]
+    Netlink {
+        action: String,
+        source: rtnetlink::Error,
+    },
+    #[error("link `{0}` does not exist")]
+    NoLink(String),
+    #[error("nft refused the rules of `{namespace}`: {said}in\n{script}")]
+    Rules {
+        namespace: String,
+        said: String,
+        script: String,
+    },
+    #[error("the box is not sealed: {0}")]
+    NotIsolated(String),
+    #[error("a worker thread of the fabric failed: {0}")]
+    Worker(#[from] task::JoinError),
+}
+
+impl Error {
+    /// The kernel says that what was to be deleted is not there.
+    fn is_absence(&self) -> bool {
+        let Self::Netlink {
+            source: rtnetlink::Error::NetlinkError(error),
+            ..
+        } = self
+        else {
+            return false;
+        };
+        matches!(
+            error.raw_code().abs(),
+            libc::ESRCH | libc::ENOENT | libc::ENODEV
+        )
+    }
+}
+
+fn netlink(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Error {
+    move |source| Error::Netlink {
+        action: action.into(),
+        source,
+    }
+}
+
+/// The namespaces of a box.
+#[derive(Clone, Debug)]
+pub struct Namespaces {
+    pub router: Namespace,
+    pub internet: Namespace,
+    pub instances: BTreeMap<String, Namespace>,
+}
+
+impl Namespaces {
+    /// Their names, whether or not they exist.
+    pub fn named(name: &str, spec: &Spec) -> Result<Self, netns::Error> {
+        let of = |part: &str| Namespace::handle(&format!("{name}-{part}"));
+        let instances = spec.instances().iter();
+        Ok(Self {
+            router: of("router")?,
+            internet: of("internet")?,
+            instances: instances
+                .map(|instance| Ok((instance.name.clone(), of(&instance.name)?)))
+                .collect::<Result<_, netns::Error>>()?,
+        })
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Namespace> {
+        [&self.router, &self.internet]
+            .into_iter()
+            .chain(self.instances.values())
+    }
+}
+
+#[derive(Debug)]
+pub struct Fabric {
+    spec: Spec,
+    namespaces: Namespaces,
+    links: Links,
+    plugged: BTreeMap<InterfaceId, Plugged>,
+    next_link: AtomicU32,
+}
+
+#[derive(Debug)]
+struct Plugged {
+    link: String,
+    index: u32,
+    port: Port,
+}
+
+impl Fabric {
+    /// Makes the namespaces, the router's rules and the way to the internet; no ports yet.
+    pub async fn build(spec: &Spec, namespaces: Namespaces) -> Result<Self, Error> {
+        let made = namespaces.clone();
+        let instances = spec.instances().to_vec();
+        let base = rules::base(spec);
+        blocking(move || {
+            for namespace in made.all() {
+                Namespace::create(namespace.name())?;
+                quiet(namespace)?;
+            }
+            for instance in instances.iter().filter(|instance| instance.forwarding) {
+                if let Some(namespace) = made.instances.get(&instance.name) {
+                    namespace.set_forwarding(true)?;
+                }
+            }
+            made.router.set_forwarding(true)?;
+            rules::load(&made.router, &base)
+        })
+        .await?;
+        let fabric = Self {
+            spec: spec.clone(),
+            links: Links::open(&namespaces.router)?,
+            namespaces,
+            plugged: BTreeMap::new(),
+            next_link: AtomicU32::new(1),
+        };
+        fabric.join_internet().await?;
+        Ok(fabric)
+    }
+
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
+    }
+
+    /// Plugs, unplugs and re-addresses until the ports are as wanted. After an error the ports
+    /// named before it are done, and a further call goes on with the rest.
+    pub async fn apply(&mut self, wanted: &BTreeMap<InterfaceId, Port>) -> Result<(), Error> {
+        let same_device = |plugged: &Plugged, port: &Port| {
+            let (a, b) = (&plugged.port, port);
+            (&a.instance, a.device, a.mac) == (&b.instance, b.device, b.mac)
+        };
+        let stays = |id: &InterfaceId, plugged: &Plugged| {
+            wanted
+                .get(id)
+                .is_some_and(|port| same_device(plugged, port))
+        };
+        let gone = self
+            .plugged
+            .iter()
+            .filter(|(id, plugged)| !stays(id, plugged));
+        for id in gone.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
+            self.unplug(&id).await?;
+        }
+        let mut script = String::new();
+        let mut changed = Vec::new();
+        for (id, plugged) in &self.plugged {
+            let Some(port) = wanted.get(id).filter(|port| **port != plugged.port) else {
+                continue;
+            };
+            let judged = |port: &Port| (port.groups.clone(), port.source_check);
+            if judged(&plugged.port) == judged(port) {
+                readdress(&mut script, plugged, port);
+            } else {
+                rules::close(&mut script, &plugged.link, &plugged.port);
+                rules::open(
+                    &mut script,
+                    &plugged.link,
+                    port,
+                    self.spec.security_groups(),
+                );
+            }
+            changed.push((id.clone(), port.clone()));
+        }
+        self.load(script).await?;
+        // Away before anew, so that an address that moves is never routed nowhere.
+        for (id, port) in &changed {
+            self.route(id, port, false).await?;
+        }
+        for (id, port) in changed {
+            self.route(&id, &port, true).await?;
+            if let Some(plugged) = self.plugged.get_mut(&id) {
+                plugged.port = port;
+            }
+        }
+        for (id, port) in wanted {
+            if !self.plugged.contains_key(id) {
+                self.plug(id, port).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As a freshly booted machine would have its first interface: up, addressed, routed.
+    pub async fn boot(&self, port: &Port) -> Result<(), Error> {
+        let (Some(namespace), Some(subnet)) = (
+            self.namespaces.instances.get(&port.instance),
+            self.spec
+                .subnets()
+                .iter()
+                .find(|subnet| subnet.id == port.subnet),
+        ) else {
+            return Ok(());
+        };
+        let links = Links::open(namespace)?;
+        let eth0 = links.index("eth0").await?;
+        let length = subnet.cidr.prefix_len();
+        let address = Ipv4Net::new_assert(port.primary, length);
+        links.add_address(eth0, address.into()).await?;
+        let gateway = gateway(subnet.cidr).into();
+        links
+            .add_route(anywhere4(), Via::Neighbour(eth0, gateway))
+            .await?;
+        if let Some(net) = port.ipv6.iter().find(|net| net.prefix_len() == 128) {
+            links.add_address(eth0, (*net).into()).await?;
+            links
+                .add_route(anywhere6(), Via::Neighbour(eth0, ROUTER6.into()))
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn plug(&mut self, id: &InterfaceId, port: &Port) -> Result<(), Error> {
+        let Some(namespace) = self.namespaces.instances.get(&port.instance) else {
+            return Ok(());
+        };
+        let link = format!("{PORT}{}", self.next_link.fetch_add(1, Ordering::Relaxed));
+        let peer = Peer {
+            namespace,
+            link: format!("eth{}", port.device),
+            mac: Some(port.mac),
+            up: port.device == 0,
+        };
+        let index = self.links.add_veth(&link, VPC_MTU, peer).await?;
+        let router = self.namespaces.router.clone();
+        let name = link.clone();
+        blocking(move || {
+            // proxy_delay: an answer on behalf of a neighbour comes at once, as the fabric's does.
+            router.sysctl(&format!("ipv4/neigh/{name}/proxy_delay"), "0")?;
+            router.sysctl(&format!("ipv4/conf/{name}/proxy_arp"), "1")?;
+            Ok(())
+        })
+        .await?;
+        if let Some(subnet) = self
+            .spec
+            .subnets()
+            .iter()
+            .find(|subnet| subnet.id == port.subnet)
+        {
+            let address = Ipv4Net::from(gateway(subnet.cidr));
+            self.links.add_address(index, address.into()).await?;
+        }
+        self.links
+            .add_address(index, Ipv6Net::new_assert(ROUTER6, 64).into())
+            .await?;
+        self.links
+            .add_neighbour(index, port.primary.into(), port.mac)
+            .await?;
+        if let Some(first) = first6(port) {
+            self.links
+                .add_neighbour(index, first.into(), port.mac)
+                .await?;
+        }
+        let mut script = String::new();
+        rules::open(&mut script, &link, port, self.spec.security_groups());
+        self.load(script).await?;
+        let empty = Port {
+            addresses: Default::default(),
+            ipv6: Default::default(),
+            ..port.clone()
+        };
+        self.plugged.insert(
+            id.clone(),
+            Plugged {
+                link,
+                index,
+                port: empty,
+            },
+        );
+        self.route(id, port, true).await?;
+        if port.device == 0 {
+            self.boot(port).await?;
+        }
+        if let Some(plugged) = self.plugged.get_mut(id) {
+            plugged.port = port.clone();
+        }
+        Ok(())
+    }
+
+    async fn unplug(&mut self, id: &InterfaceId) -> Result<(), Error> {
+        let Some(plugged) = self.plugged.get(id) else {
+            return Ok(());
+        };
+        let mut script = String::new();
+        rules::close(&mut script, &plugged.link, &plugged.port);
+        self.load(script).await?;
+        // Its routes go with it.
+        self.links.delete(&plugged.link).await?;
+        self.plugged.remove(id);
+        Ok(())
+    }
+
+    /// Adds the routes that `port` has and the plugged one lacks, or deletes the reverse.
+    async fn route(&self, id: &InterfaceId, port: &Port, add: bool) -> Result<(), Error> {
+        let Some(plugged) = self.plugged.get(id) else {
+            return Ok(());
+        };
+        let (from, than) = if add {
+            (port, &plugged.port)
+        } else {
+            (&plugged.port, port)
+        };
+        let v4 = rules::missing(&from.addresses, &than.addresses)
+            .into_iter()
+            .map(|address| {
+                (
+                    IpNet::from(Ipv4Net::from(address)),
+                    IpAddr::from(address),
+                    from.primary.into(),
+                )
+            });
+        let first = first6(from);
+        let v6 = rules::missing(&from.ipv6, &than.ipv6)
+            .into_iter()
+            .filter_map(|net| {
+                Some((
+                    IpNet::from(net),
+                    IpAddr::from(net.addr()),
+                    IpAddr::from(first?),
+                ))
+            });
+        let changes: Vec<(IpNet, IpAddr, IpAddr)> = v4.chain(v6).collect();
+        // The primary's own route first: the others lead through it.
+        let (own, others): (Vec<_>, Vec<_>) = changes
+            .into_iter()
+            .partition(|(_, address, primary)| address == primary);
+        for (net, address, primary) in own.into_iter().chain(others) {
+            let via = || match address == primary {
+                true => Via::Link(plugged.index),
+                false => Via::Neighbour(plugged.index, primary),
+            };
+            if add {
+                self.links.add_route(net, via()).await?;
+            } else {
+                self.links.delete_route(net, via()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn join_internet(&self) -> Result<(), Error> {
+        let [near4, far4] = uplink4(self.spec.nat_address());
+        let peer = Peer {
+            namespace: &self.namespaces.internet,
+            link: "eth0".into(),
+            mac: None,
+            up: true,
+        };
+        let uplink = self.links.add_veth(UPLINK, INTERNET_MTU, peer).await?;
+        self.links.add_address(uplink, near4.into()).await?;
+        self.links
+            .add_address(uplink, Ipv6Net::new_assert(UPLINK6[0], 64).into())
+            .await?;
+        self.links
+            .add_route(anywhere4(), Via::Neighbour(uplink, far4.addr().into()))
+            .await?;
+        self.links
+            .add_route(anywhere6(), Via::Neighbour(uplink, UPLINK6[1].into()))
+            .await?;
+        for private in isolation::unreachable(&self.spec) {
+            self.links.add_route(private, Via::Unreachable).await?;
+        }
+        let lo = self.links.index("lo").await?;
+        for own in [self.spec.resolver(), METADATA] {
+            self.links
+                .add_address(lo, Ipv4Net::from(own).into())
+                .await?;
+        }
+
+        let internet = Links::open(&self.namespaces.internet)?;
+        let (eth0, lo) = (internet.index("eth0").await?, internet.index("lo").await?);
+        internet.add_address(eth0, far4.into()).await?;
+        internet
+            .add_address(eth0, Ipv6Net::new_assert(UPLINK6[1], 64).into())
+            .await?;
+        if let Some(v6) = self.spec.ipv6_cidr() {
+            let via = Via::Neighbour(eth0, UPLINK6[0].into());
+            internet.add_route(v6.into(), via).await?;
+        }
+        // Every address of the internet is here, so that whatever leaves the VPC is seen.
+        internet.add_route(anywhere4(), Via::Here(lo)).await?;
+        internet.add_route(anywhere6(), Via::Here(lo)).await
+    }
+
+    async fn load(&self, script: String) -> Result<(), Error> {
+        if script.is_empty() {
+            return Ok(());
+        }
+        let router = self.namespaces.router.clone();
+        blocking(move || rules::load(&router, &script)).await
+    }
+}
+
+/// Nothing in a box asks whether an address is taken, sends redirects, or takes routes from
+/// strangers.
+fn quiet(namespace: &Namespace) -> Result<(), Error> {
+    for scope in ["all", "default"] {
+        namespace.sysctl(&format!("ipv4/conf/{scope}/rp_filter"), "0")?;
+        namespace.sysctl(&format!("ipv4/conf/{scope}/send_redirects"), "0")?;
+        namespace.sysctl(&format!("ipv6/conf/{scope}/accept_dad"), "0")?;
+        namespace.sysctl(&format!("ipv6/conf/{scope}/accept_ra"), "0")?;
+    }
+    Ok(())
+}
+
+fn readdress(script: &mut String, plugged: &Plugged, port: &Port) {
+    let (old, link) = (&plugged.port, plugged.link.as_str());
+    let gone = (
+        rules::missing(&old.addresses, &port.addresses),
+        rules::missing(&old.ipv6, &port.ipv6),
+    );
+    let new = (
+        rules::missing(&port.addresses, &old.addresses),
+        rules::missing(&port.ipv6, &old.ipv6),
+    );
+    rules::owned(script, "delete", link, &gone.0, &gone.1);
+    rules::owned(script, "add", link, &new.0, &new.1);
+}
+
+async fn blocking<F>(work: F) -> Result<(), Error>
+where
+    F: FnOnce() -> Result<(), Error> + Send + 'static,
+{
+    task::spawn_blocking(work).await?
+}
+
+fn first6(port: &Port) -> Option<Ipv6Addr> {
+    port.ipv6
+        .iter()
+        .find(|net| net.prefix_len() == 128)
+        .map(Ipv6Net::addr)
+}
+
+/// A subnet's router: its first address.
+pub(crate) fn gateway(subnet: Ipv4Net) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(subnet.network()) + 1)
+}
+
+/// Both ends of the link to the internet: the NAT address and its neighbour.
+fn uplink4(nat: Ipv4Addr) -> [Ipv4Net; 2] {
+    let far = Ipv4Addr::from(u32::from(nat) ^ 1);
+    [Ipv4Net::new_assert(nat, 31), Ipv4Net::new_assert(far, 31)]
+}
+
+fn anywhere4() -> IpNet {
+    Ipv4Net::default().into()
+}
+
+fn anywhere6() -> IpNet {
+    Ipv6Net::default().into()
+}
