@@ -96,12 +96,13 @@ impl Authority {
         params
             .distinguished_name
             .push(DnType::OrganizationName, trust_domain);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "Turnpike root");
+        // Roots of one mesh are told apart by their names while one replaces another.
+        let serial = random_serial();
+        let name = format!("Turnpike root {serial}");
+        params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.serial_number = Some(random_serial());
+        params.serial_number = Some(serial);
         params.not_before = whole_seconds(now - 2 * CLOCK_SKEW);
         params.not_after = whole_seconds(now + lifetime);
         let certificate = params.self_signed(&key).map_err(AuthorityError::Generate)?;

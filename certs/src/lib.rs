@@ -32,7 +32,7 @@ pub use tls::{
     ClientAuth, Connector, client_config, controller_client_config, crypto_provider, server_config,
     server_config_with,
 };
-pub use verify::{PeerRefused, verify_signature};
+pub use verify::{PeerRefused, explain, verify_signature};
 
 use std::time::Duration;
 

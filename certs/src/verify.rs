@@ -54,6 +54,34 @@ impl From<PeerRefused> for rustls::Error {
     }
 }
 
+/// Why a handshake failed, in words: rustls shows what is not its own only in debug form.
+///
+/// `error` may be a [`rustls::Error`] or the I/O error that carries one.
+pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
+    let inner = error
+        .downcast_ref::<std::io::Error>()
+        .and_then(|error| error.get_ref());
+    let tls = match inner {
+        Some(inner) => inner.downcast_ref::<rustls::Error>(),
+        None => error.downcast_ref::<rustls::Error>(),
+    };
+    match tls {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other))) => {
+            other.0.to_string()
+        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::Expired)) => {
+            PeerRefused::Expired.to_string()
+        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::NotValidYet)) => {
+            PeerRefused::NotYetValid.to_string()
+        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
+            PeerRefused::UnknownIssuer.to_string()
+        }
+        _ => error.to_string(),
+    }
+}
+
 /// Checks that `certificate`'s key signed `message` (ECDSA P-256, SHA-256, ASN.1 form). Says
 /// nothing about whether the certificate is to be believed.
 pub fn verify_signature(certificate: &[u8], message: &[u8], signature: &[u8]) -> bool {
