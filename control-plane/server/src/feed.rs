@@ -1,0 +1,209 @@
+//! From the source into the model, and what became of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+use tokio::sync::watch;
+use turnpike_api::{Kind, Object};
+use turnpike_discovery::Discovery;
+use turnpike_kubernetes::{Event, Rejection, Source};
+use turnpike_model::{ConditionKind, ObjectStatus};
+
+use crate::metrics::Metrics;
+
+/// Rejections that are shown; of a folder with more, the first.
+const SHOWN: usize = 10_000;
+
+/// What is known of the source's state, for pages and probes.
+#[derive(Debug)]
+pub struct Health {
+    rejections: Mutex<BTreeSet<Rejection>>,
+    synced: watch::Sender<bool>,
+    stopping: watch::Sender<bool>,
+}
+
+/// As `/debug/rejections` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Quarantined {
+    pub file: String,
+    pub line: Option<usize>,
+    pub object: Option<String>,
+    pub field: Option<String>,
+    pub message: String,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            rejections: Mutex::default(),
+            synced: watch::Sender::new(false),
+            stopping: watch::Sender::new(false),
+        }
+    }
+}
+
+impl Health {
+    pub fn rejections(&self) -> Vec<Quarantined> {
+        self.rejections
+            .lock()
+            .iter()
+            .map(Quarantined::from)
+            .collect()
+    }
+
+    /// `None`: ready.
+    pub fn why_not_ready(&self) -> Option<&'static str> {
+        if *self.stopping.borrow() {
+            Some("the controller is stopping")
+        } else if !*self.synced.borrow() {
+            Some("the source has not delivered all its objects yet")
+        } else {
+            None
+        }
+    }
+
+    /// Returns when the source has delivered all that there was.
+    pub async fn synced(&self) {
+        // The sender is `self`, so it outlives this wait.
+        let _ = self.synced.subscribe().wait_for(|synced| *synced).await;
+    }
+
+    pub fn stop(&self) {
+        self.stopping.send_replace(true);
+    }
+}
+
+impl From<&Rejection> for Quarantined {
+    fn from(rejection: &Rejection) -> Self {
+        let Rejection {
+            file,
+            line,
+            object,
+            field,
+            message,
+        } = rejection;
+        Self {
+            file: file.clone(),
+            line: *line,
+            object: object.as_ref().map(ToString::to_string),
+            field: field.clone(),
+            message: message.clone(),
+        }
+    }
+}
+
+/// Feeds the model for as long as it is polled.
+pub async fn run(
+    mut source: impl Source,
+    discovery: Discovery,
+    health: std::sync::Arc<Health>,
+    metrics: Metrics,
+) {
+    let mut feed = Feed {
+        discovery,
+        health,
+        metrics,
+        problems: BTreeMap::new(),
+    };
+    loop {
+        let event = source.next().await;
+        feed.take(event);
+    }
+}
+
+struct Feed {
+    discovery: Discovery,
+    health: std::sync::Arc<Health>,
+    metrics: Metrics,
+    /// Conditions that do not hold, as they were last logged.
+    problems: BTreeMap<Problem, String>,
+}
+
+type Problem = (String, Option<String>, ConditionKind);
+
+impl Feed {
+    fn take(&mut self, event: Event) {
+        self.metrics.source_event();
+        match event {
+            Event::Applied(object) => {
+                let key = object.key();
+                let judged = may_change_statuses(&object);
+                let changes = self.discovery.update(|model| model.apply(object));
+                tracing::debug!(object = %key, touched = changes.len(), "applied");
+                self.report(judged);
+            }
+            Event::Deleted(key) => {
+                let changes = self.discovery.update(|model| model.delete(&key));
+                tracing::debug!(object = %key, touched = changes.len(), "deleted");
+                self.report(key.kind != Kind::Pod && key.kind != Kind::EndpointSlice);
+            }
+            Event::Rejected(rejection) => {
+                tracing::warn!("{rejection}");
+                let mut rejections = self.health.rejections.lock();
+                if rejections.len() < SHOWN {
+                    rejections.insert(rejection);
+                }
+                self.metrics.set_rejected(rejections.len());
+            }
+            Event::Resolved(rejection) => {
+                tracing::info!(
+                    file = rejection.file,
+                    line = rejection.line,
+                    "mended: {rejection}"
+                );
+                let mut rejections = self.health.rejections.lock();
+                rejections.remove(&rejection);
+                self.metrics.set_rejected(rejections.len());
+            }
+            Event::Synced => {
+                self.metrics.set_synced();
+                self.health.synced.send_replace(true);
+                tracing::info!("the source has delivered all its objects");
+                self.report(true);
+            }
+        }
+    }
+
+    /// Logs what has become wrong or right with policies, once each. While the source still
+    /// delivers, what a policy needs may yet come.
+    fn report(&mut self, judged: bool) {
+        if !judged || !*self.health.synced.borrow() {
+            return;
+        }
+        let statuses = self.discovery.read(turnpike_model::Model::statuses);
+        let current: BTreeMap<Problem, String> = statuses.iter().flat_map(failing).collect();
+        for (problem @ (object, parent, kind), message) in &current {
+            if self.problems.get(problem) != Some(message) {
+                let parent = parent.as_deref();
+                tracing::warn!(object, parent, "{object}: not {kind}: {message}");
+            }
+        }
+        for (object, parent, kind) in self.problems.keys() {
+            if !current.contains_key(&(object.clone(), parent.clone(), *kind)) {
+                tracing::info!(object, parent = parent.as_deref(), "{object}: {kind} now");
+            }
+        }
+        self.problems = current;
+    }
+}
+
+/// Pods and their addresses say nothing of policies, and change all the time.
+fn may_change_statuses(object: &Object) -> bool {
+    !matches!(object, Object::Pod(_) | Object::EndpointSlice(_))
+}
+
+fn failing(status: &ObjectStatus) -> impl Iterator<Item = (Problem, String)> {
+    status
+        .conditions
+        .iter()
+        .filter(|condition| !condition.holds)
+        .map(|condition| {
+            let problem = (
+                status.object.to_string(),
+                status.parent.clone(),
+                condition.kind,
+            );
+            (problem, condition.message.clone())
+        })
+}
