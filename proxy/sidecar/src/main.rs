@@ -1,2 +1,325 @@
-//! To be written.
-fn main() {}
+//! `turnpike-proxy`: puts the proxy of one pod together and runs it.
+//!
+//! 1. The settings come from the environment, which injection sets;
+//! 2. the control side starts on this thread: certificate, configuration, admin ports;
+//! 3. when both have come, the data plane starts on threads of its own, and the pod is ready;
+//! 4. SIGTERM: not ready, drain, send what telemetry is left, exit 0.
+
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
+use turnpike_rules::{Identity, workload::SelfConfig};
+use turnpike_sidecar::{
+    DataPlane,
+    admin::{Admin, AdminConfig, Phase, SetLevel, State},
+    config::Config,
+    control::{Control, ControlConfig},
+    mesh::Mesh,
+    telemetry::{
+        Own, Telemetry,
+        access_log::AccessLog,
+        otlp::{self, OtlpConfig},
+    },
+};
+use turnpike_wire::channel::Controller;
+
+/// As injection sets it. Every flag is also an environment variable.
+#[derive(Debug, Parser)]
+#[command(name = "turnpike-proxy", version, about = "The proxy beside a pod")]
+struct Args {
+    /// host:port of the controller.
+    #[arg(long, env = "TURNPIKE_CONTROLLER")]
+    controller: String,
+    /// The name in the controller's certificate.
+    #[arg(
+        long,
+        env = "TURNPIKE_CONTROLLER_NAME",
+        default_value = "turnpike-controller.turnpike-system.svc"
+    )]
+    controller_name: String,
+    /// The pod's service-account token, with audience `istio-ca`.
+    #[arg(
+        long,
+        env = "TURNPIKE_TOKEN_FILE",
+        default_value = "/var/run/secrets/turnpike/token/token"
+    )]
+    token_file: PathBuf,
+    /// The mesh's roots.
+    #[arg(
+        long,
+        env = "TURNPIKE_ROOT_FILE",
+        default_value = "/var/run/secrets/turnpike/root/root.pem"
+    )]
+    root_file: PathBuf,
+    #[arg(long, env = "TURNPIKE_CLUSTER", default_value = "cluster")]
+    cluster: String,
+    #[arg(long, env = "TURNPIKE_NETWORK", default_value = "default")]
+    network: String,
+    #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
+    trust_domain: String,
+    /// Keeps the last state here, so that a restart does without the controller.
+    #[arg(long, env = "TURNPIKE_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    /// Threads that carry traffic.
+    #[arg(long, env = "TURNPIKE_WORKERS", default_value_t = 1)]
+    workers: usize,
+    /// How long connections may take to finish after SIGTERM, in seconds.
+    #[arg(long, env = "TURNPIKE_DRAIN_SECONDS", default_value_t = 20)]
+    drain_seconds: u64,
+    #[arg(long, env = "POD_NAME")]
+    pod_name: String,
+    #[arg(long, env = "POD_NAMESPACE")]
+    pod_namespace: String,
+    #[arg(long, env = "POD_UID")]
+    pod_uid: String,
+    /// The pod's addresses, with commas between them.
+    #[arg(long, env = "POD_IP", value_delimiter = ',')]
+    pod_ip: Vec<IpAddr>,
+    #[arg(long, env = "NODE_NAME", default_value = "")]
+    node_name: String,
+    #[arg(long, env = "SERVICE_ACCOUNT")]
+    service_account: String,
+    /// Where spans and metrics go over OTLP (gRPC); nowhere without it.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
+    /// How often metrics go there, in milliseconds.
+    #[arg(long, env = "OTEL_METRIC_EXPORT_INTERVAL", default_value_t = 15_000)]
+    otlp_interval_ms: u64,
+    /// `json`: the program's own log as JSON.
+    #[arg(long, env = "TURNPIKE_LOG", default_value = "text")]
+    log: String,
+}
+
+/// What was typed, valid.
+struct Settings {
+    control: ControlConfig,
+    data_plane: Config,
+    drain: Duration,
+    pod: Pod,
+    otlp: Option<(String, Duration)>,
+    json_log: bool,
+}
+
+/// For the attributes of exported telemetry.
+struct Pod {
+    name: String,
+    namespace: String,
+    uid: String,
+    node: String,
+}
+
+impl TryFrom<Args> for Settings {
+    type Error = anyhow::Error;
+
+    fn try_from(args: Args) -> anyhow::Result<Self> {
+        let Args {
+            controller,
+            controller_name,
+            token_file,
+            root_file,
+            cluster,
+            network,
+            trust_domain,
+            state_dir,
+            workers,
+            drain_seconds,
+            pod_name,
+            pod_namespace,
+            pod_uid,
+            pod_ip,
+            node_name,
+            service_account,
+            otlp_endpoint,
+            otlp_interval_ms,
+            log,
+        } = args;
+        let identity = Identity::new(trust_domain, pod_namespace.as_str(), service_account)
+            .context("TURNPIKE_TRUST_DOMAIN, POD_NAMESPACE and SERVICE_ACCOUNT")?;
+        anyhow::ensure!(!pod_uid.is_empty(), "POD_UID is empty; injection sets it");
+        anyhow::ensure!(otlp_interval_ms > 0, "OTEL_METRIC_EXPORT_INTERVAL must be above 0");
+        let otlp = otlp_endpoint.filter(|endpoint| !endpoint.is_empty());
+        Ok(Self {
+            control: ControlConfig {
+                controller: Controller {
+                    address: controller,
+                    server_name: controller_name,
+                    root_file,
+                    token_file,
+                },
+                cluster,
+                network,
+                pod_uid: pod_uid.clone(),
+                identity,
+                state_dir,
+            },
+            data_plane: Config { pod_addresses: pod_ip, workers, ..Config::default() },
+            drain: Duration::from_secs(drain_seconds),
+            pod: Pod {
+                name: pod_name,
+                namespace: pod_namespace,
+                uid: pod_uid,
+                node: node_name,
+            },
+            otlp: otlp.map(|endpoint| (endpoint, Duration::from_millis(otlp_interval_ms))),
+            json_log: log == "json",
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let run = || {
+        let settings = Settings::try_from(Args::parse())?;
+        let set_level = start_log(settings.json_log)?;
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("starting the control thread")?
+            .block_on(run(settings, set_level))
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("turnpike-proxy: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
+    let Settings { control, data_plane, drain, pod, otlp, json_log: _ } = settings;
+    let cluster = control.cluster.clone();
+    let mut stop = Stop::listen()?;
+    let admin = Admin::bind(&AdminConfig::default())?;
+    let control = Control::start(control);
+    let state = Arc::new(State {
+        store: control.store().clone(),
+        credentials: control.credentials().clone(),
+        telemetry: OnceLock::new(),
+        phase: watch::Sender::new(Phase::Starting),
+        set_level,
+    });
+    let mut tasks = JoinSet::new();
+    tasks.spawn(admin.serve(state.clone()));
+
+    let own = tokio::select! {
+        own = control.ready() => own,
+        () = stop.asked() => return Ok(()),
+    };
+    let exports = otlp.map(|(endpoint, interval)| exports(&own, &pod, endpoint, interval));
+    let telemetry = start_telemetry(&own, &cluster, exports.clone(), &mut tasks)?;
+    // Set once: this function runs once.
+    let _ = state.telemetry.set(telemetry.clone());
+    let credentials = control.credentials().clone();
+    let mesh = Mesh::new(own, Arc::new(control.store().clone()), credentials, &cluster);
+    let traffic = DataPlane::start(data_plane, mesh, telemetry.clone())?;
+    state.phase.send_replace(Phase::Serving);
+    tracing::info!(pod = pod.name, namespace = pod.namespace, "serving");
+
+    stop.asked().await;
+    tracing::info!(deadline_s = drain.as_secs(), "draining");
+    state.phase.send_replace(Phase::Draining);
+    traffic.drain(drain).await;
+    if let Some(exports) = exports {
+        otlp::push_metrics_now(exports, &telemetry).await.ok();
+    }
+    tokio::task::spawn_blocking(move || telemetry.flush()).await?;
+    Ok(())
+}
+
+fn start_telemetry(
+    own: &watch::Receiver<Arc<SelfConfig>>,
+    cluster: &str,
+    exports: Option<OtlpConfig>,
+    tasks: &mut JoinSet<()>,
+) -> anyhow::Result<Arc<Telemetry>> {
+    let log = AccessLog::start(std::io::stdout()).context("starting the access log")?;
+    let provider = exports.as_ref().map(otlp::tracer_provider).transpose()?;
+    let labels = Own::new(&own.borrow(), cluster);
+    let telemetry = Telemetry::new(labels, log, provider);
+    telemetry.configure(&own.borrow().telemetry);
+    tasks.spawn(telemetry.clone().follow(own.clone()));
+    if let Some(exports) = exports {
+        let telemetry = telemetry.clone();
+        tasks.spawn(async move {
+            if let Err(error) = otlp::push_metrics(exports, telemetry).await {
+                tracing::warn!(%error, "metrics are not exported");
+            }
+        });
+    }
+    Ok(telemetry)
+}
+
+/// Source: <https://opentelemetry.io/docs/specs/semconv/resource/k8s/>.
+fn exports(
+    own: &watch::Receiver<Arc<SelfConfig>>,
+    pod: &Pod,
+    endpoint: String,
+    interval: Duration,
+) -> OtlpConfig {
+    let Pod { name, namespace, uid, node } = pod;
+    let workload = own.borrow().workload.to_string();
+    let service = if workload.is_empty() { name.clone() } else { workload };
+    let resource = vec![
+        ("service.name", service),
+        ("service.namespace", namespace.clone()),
+        ("service.instance.id", uid.clone()),
+        ("k8s.namespace.name", namespace.clone()),
+        ("k8s.pod.name", name.clone()),
+        ("k8s.pod.uid", uid.clone()),
+        ("k8s.node.name", node.clone()),
+    ];
+    OtlpConfig { endpoint, interval, resource }
+}
+
+/// Logs to standard error; standard output is the access log's.
+fn start_log(json: bool) -> anyhow::Result<SetLevel> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let (filter, handle) = reload::Layer::new(filter);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = if json {
+        lines.json().with_filter(filter).boxed()
+    } else {
+        lines.with_filter(filter).boxed()
+    };
+    tracing_subscriber::registry().with(lines).try_init().context("starting the log")?;
+    Ok(Box::new(move |level| {
+        let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
+        handle.reload(filter).map_err(|error| error.to_string())
+    }))
+}
+
+/// SIGTERM, as kubelet sends it, and Ctrl-C.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn listen() -> anyhow::Result<Self> {
+        let on = |kind| signal(kind).context("listening for signals");
+        let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
+        Ok(Self { terminate: on(terminate)?, interrupt: on(interrupt)? })
+    }
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
