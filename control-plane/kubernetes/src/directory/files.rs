@@ -1,0 +1,177 @@
+//! Which files changed, once they have settled.
+//!
+//! A file that is being written is seen truncated, and one that an editor replaces is gone for a
+//! moment. So a change counts only when two looks in a row find the same; what was read before
+//! stays until then.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+/// No object in Kubernetes is larger than 1.5 MiB; a file may have many.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// The folder, as it was found last.
+#[derive(Debug)]
+pub(super) struct Files {
+    folder: PathBuf,
+    known: BTreeMap<String, Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    /// What the last look found; `None`: nothing.
+    seen: Option<Stamp>,
+    /// What was read, and reported. `None`: nothing yet.
+    read: Option<(Stamp, Content)>,
+}
+
+/// Changes when a file does. Times are coarse on some file systems, so that a rewrite of the same
+/// length within one tick may go unseen; the inode shows files that are put in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    size: u64,
+    inode: u64,
+}
+
+/// The text of a file, or why it cannot be read.
+pub(super) type Content = Result<String, String>;
+
+/// What one look found.
+#[derive(Debug, Default)]
+pub(super) struct Look {
+    pub(super) changes: Vec<Change>,
+    /// The folder itself cannot be read; what it held is not touched.
+    pub(super) problem: Option<String>,
+    /// No file is waiting for a second look.
+    pub(super) settled: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Change {
+    pub(super) file: String,
+    /// `None`: it is gone.
+    pub(super) content: Option<Content>,
+}
+
+impl Files {
+    pub(super) fn new(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            known: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn look(&mut self) -> Look {
+        let found = match list(&self.folder) {
+            Ok(found) => found,
+            Err(error) => {
+                let problem = format!(
+                    "the folder cannot be read: {error}; what was read from it stays in force"
+                );
+                return Look {
+                    problem: Some(problem),
+                    ..Look::default()
+                };
+            }
+        };
+        for file in found.keys() {
+            self.known.entry(file.clone()).or_insert(Known {
+                seen: None,
+                read: None,
+            });
+        }
+        let mut look = Look {
+            settled: true,
+            ..Look::default()
+        };
+        for (file, known) in &mut self.known {
+            let now = found.get(file).copied();
+            if now != known.seen {
+                known.seen = now;
+                look.settled = false;
+                continue;
+            }
+            if known.read.as_ref().map(|(stamp, _)| *stamp) == now {
+                continue;
+            }
+            let content = match now {
+                Some(stamp) => match read(&self.folder.join(file), stamp) {
+                    Some(content) => Some(content),
+                    None => {
+                        look.settled = false;
+                        continue;
+                    }
+                },
+                None => None,
+            };
+            let same = known.read.as_ref().map(|(_, content)| content) == content.as_ref();
+            known.read = now.zip(content.clone());
+            if !same {
+                look.changes.push(Change {
+                    file: file.clone(),
+                    content,
+                });
+            }
+        }
+        self.known
+            .retain(|_, known| known.seen.is_some() || known.read.is_some());
+        look
+    }
+}
+
+fn list(folder: &Path) -> io::Result<BTreeMap<String, Stamp>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let Ok(name) = entry?.file_name().into_string() else {
+            continue;
+        };
+        let extension = Path::new(&name).extension().and_then(|e| e.to_str());
+        if name.starts_with('.') || !matches!(extension, Some("yaml" | "yml" | "json")) {
+            continue;
+        }
+        // Gone between the two calls, or a link to nothing: as if it were not there.
+        if let Some(stamp) = stamp(&folder.join(&name)) {
+            found.insert(name, stamp);
+        }
+    }
+    Ok(found)
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    use std::os::unix::fs::MetadataExt as _;
+    let metadata = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+    let (modified, size) = (metadata.modified().ok(), metadata.len());
+    Some(Stamp {
+        modified,
+        size,
+        inode: metadata.ino(),
+    })
+}
+
+/// `None`: it changed meanwhile, look again.
+fn read(path: &Path, before: Stamp) -> Option<Content> {
+    if before.size > MAX_SIZE {
+        return Some(Err(format!(
+            "it has {} bytes; allowed are {MAX_SIZE}",
+            before.size
+        )));
+    }
+    let bytes = fs::read(path);
+    if stamp(path) != Some(before) {
+        return None;
+    }
+    Some(match bytes {
+        Ok(bytes) => String::from_utf8(bytes).map_err(|error| {
+            format!(
+                "it is not UTF-8 at byte {}",
+                error.utf8_error().valid_up_to()
+            )
+        }),
+        Err(error) => Err(format!("it cannot be read: {error}")),
+    })
+}

@@ -1,0 +1,228 @@
+//! Puts the sidecar into a pod.
+//!
+//! Pure and idempotent: a pod that was injected before comes out as if it had not been, so that
+//! the webhook may be asked again after others have changed the pod.
+
+mod sidecar;
+
+use std::{collections::BTreeMap, fmt};
+
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+
+/// On a namespace: `enabled` injects its pods. On a pod: `disabled` leaves it out.
+pub const LABEL: &str = "turnpike.dev/inject";
+/// On every injected pod: `true`.
+pub const INJECTED: &str = "turnpike.dev/injected";
+pub const CONTAINER: &str = "turnpike-proxy";
+/// The user that the sidecar runs as; its connections are not captured.
+pub const USER: i64 = 1337;
+/// The sidecar's ports in the pod: admin, outbound, inbound, metrics, health.
+pub const PORTS: [i32; 5] = [15000, 15001, 15006, 15020, 15021];
+
+/// What sidecars are told, the same for all pods.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InjectConfig {
+    pub image: String,
+    /// `host:port`.
+    pub controller: String,
+    /// The DNS name in the controller's certificate.
+    pub controller_name: String,
+    pub cluster: String,
+    pub network: String,
+    pub trust_domain: String,
+    /// The ConfigMap with `root.pem`, in every namespace.
+    pub root_config_map: String,
+    pub token_audience: String,
+    /// Kubelet renews the token at four fifths of this.
+    pub token_expiration_seconds: i64,
+    pub otlp_endpoint: Option<String>,
+    /// Threads of the proxy. `None`: it decides by its CPU limit.
+    pub workers: Option<u32>,
+    /// Quantities, as Kubernetes writes them.
+    pub cpu_request: String,
+    pub memory_request: String,
+    pub memory_limit: String,
+    pub exempt_namespaces: Vec<String>,
+}
+
+impl Default for InjectConfig {
+    fn default() -> Self {
+        Self {
+            image: "turnpike/proxy:latest".to_owned(),
+            controller: "turnpike-controller.turnpike-system.svc:15012".to_owned(),
+            controller_name: "turnpike-controller.turnpike-system.svc".to_owned(),
+            cluster: "cluster".to_owned(),
+            network: "default".to_owned(),
+            trust_domain: "cluster.local".to_owned(),
+            root_config_map: "turnpike-root".to_owned(),
+            token_audience: "istio-ca".to_owned(),
+            token_expiration_seconds: 3600,
+            otlp_endpoint: None,
+            workers: None,
+            cpu_request: "20m".to_owned(),
+            memory_request: "32Mi".to_owned(),
+            memory_limit: "256Mi".to_owned(),
+            exempt_namespaces: vec!["kube-system".to_owned(), "turnpike-system".to_owned()],
+        }
+    }
+}
+
+/// What became of a pod.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Injection {
+    Injected(Box<Pod>),
+    /// The pod stays as it is.
+    Skipped(Reason),
+}
+
+/// Why a pod has no sidecar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    ExemptNamespace(String),
+    HostNetwork,
+    Windows,
+    PodOptedOut,
+    /// With the label's value, if it has one.
+    NamespaceNotLabelled(Option<String>),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ExemptNamespace(namespace) => {
+                write!(f, "pods in the namespace {namespace} are never injected")
+            }
+            Self::HostNetwork => f.write_str(
+                "the pod uses the node's network (hostNetwork: true), where nothing is captured",
+            ),
+            Self::Windows => f.write_str("the pod is for Windows nodes"),
+            Self::PodOptedOut => write!(f, "the pod's label {LABEL} is `disabled`"),
+            Self::NamespaceNotLabelled(None) => {
+                write!(f, "the namespace has no label {LABEL}; set it to `enabled`")
+            }
+            Self::NamespaceNotLabelled(Some(value)) => write!(
+                f,
+                "the namespace's label {LABEL} is `{value}`; set it to `enabled`"
+            ),
+        }
+    }
+}
+
+/// A pod that should be in the mesh and cannot be: it must not start, since it would run outside.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error(
+        "container `{0}` runs as user 1337, whose connections are the sidecar's own and are not \
+         captured; choose another runAsUser"
+    )]
+    ProxyUser(String),
+    #[error("container `{container}` uses port {port}, which the sidecar needs; choose another")]
+    ProxyPort { container: String, port: i32 },
+    #[error("the name `{CONTAINER}` belongs to the sidecar; give the container another")]
+    ProxyName,
+}
+
+/// The pod with its sidecar, or why it goes without.
+pub fn inject(
+    pod: &Pod,
+    namespace_labels: &BTreeMap<String, String>,
+    config: &InjectConfig,
+) -> Result<Injection, Refused> {
+    if let Some(reason) = skip(pod, namespace_labels, config) {
+        return Ok(Injection::Skipped(reason));
+    }
+    let mut pod = pod.clone();
+    let spec = pod.spec.get_or_insert_default();
+    let inits = spec.init_containers.get_or_insert_default();
+    inits.retain(|container| container.name != CONTAINER);
+    check(spec)?;
+    spec.init_containers
+        .get_or_insert_default()
+        .insert(0, sidecar::container(config));
+
+    let volumes = spec.volumes.get_or_insert_default();
+    let ours = sidecar::volumes(config);
+    volumes.retain(|volume| ours.iter().all(|own| own.name != volume.name));
+    volumes.extend(ours);
+    let annotations = pod.metadata.annotations.get_or_insert_default();
+    annotations.insert(INJECTED.to_owned(), "true".to_owned());
+    Ok(Injection::Injected(Box::new(pod)))
+}
+
+fn skip(
+    pod: &Pod,
+    namespace_labels: &BTreeMap<String, String>,
+    config: &InjectConfig,
+) -> Option<Reason> {
+    let spec = pod.spec.as_ref();
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+    let pod_label = pod
+        .metadata
+        .labels
+        .as_ref()
+        .and_then(|labels| labels.get(LABEL));
+    let namespace_label = namespace_labels.get(LABEL);
+    if config
+        .exempt_namespaces
+        .iter()
+        .any(|exempt| exempt == namespace)
+    {
+        Some(Reason::ExemptNamespace(namespace.to_owned()))
+    } else if spec.is_some_and(|spec| spec.host_network == Some(true)) {
+        Some(Reason::HostNetwork)
+    } else if spec
+        .and_then(|s| s.os.as_ref())
+        .is_some_and(|os| os.name == "windows")
+    {
+        Some(Reason::Windows)
+    } else if pod_label.is_some_and(|value| value == "disabled") {
+        Some(Reason::PodOptedOut)
+    } else if namespace_label.is_none_or(|value| value != "enabled") {
+        Some(Reason::NamespaceNotLabelled(namespace_label.cloned()))
+    } else {
+        None
+    }
+}
+
+/// The pod's own containers, the sidecar already taken out.
+fn check(spec: &PodSpec) -> Result<(), Refused> {
+    let pod_user = spec
+        .security_context
+        .as_ref()
+        .and_then(|context| context.run_as_user);
+    for container in spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten())
+    {
+        let Container {
+            name,
+            security_context,
+            ports,
+            ..
+        } = container;
+        if name == CONTAINER {
+            return Err(Refused::ProxyName);
+        }
+        let own_user = security_context
+            .as_ref()
+            .and_then(|context| context.run_as_user);
+        if own_user.or(pod_user) == Some(USER) {
+            return Err(Refused::ProxyUser(name.clone()));
+        }
+        let taken = ports
+            .iter()
+            .flatten()
+            .find(|port| PORTS.contains(&port.container_port));
+        if let Some(port) = taken {
+            return Err(Refused::ProxyPort {
+                container: name.clone(),
+                port: port.container_port,
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
