@@ -45,8 +45,14 @@ fn pods_reach_each_other_the_node_and_the_outside_with_their_own_addresses() {
         greet(&pod.netns, (any, 80).into());
     }
     greet(&world.node, (NODE, 80).into());
-    greet(&world.outside, ("203.0.113.66".parse::<IpAddr>().unwrap(), 80).into());
-    greet(&world.outside, ("2001:db8::66".parse::<IpAddr>().unwrap(), 80).into());
+    greet(
+        &world.outside,
+        ("203.0.113.66".parse::<IpAddr>().unwrap(), 80).into(),
+    );
+    greet(
+        &world.outside,
+        ("2001:db8::66".parse::<IpAddr>().unwrap(), 80).into(),
+    );
 
     let calls: [(&Namespace, IpAddr, IpAddr); 9] = [
         (&one.netns, pod4(6).into(), pod4(5).into()),

@@ -58,13 +58,23 @@ impl Namespace {
         let make = move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             let none = None::<&str>;
-            mount(Some("/proc/thread-self/ns/net"), &target, none, MsFlags::MS_BIND, none).unwrap();
+            mount(
+                Some("/proc/thread-self/ns/net"),
+                &target,
+                none,
+                MsFlags::MS_BIND,
+                none,
+            )
+            .unwrap();
         };
         std::thread::spawn(make).join().unwrap();
         let file = File::open(&path).unwrap();
         let namespace = Self(Arc::new(Mounted { path, file }));
         namespace.configure(|handle| async move {
-            let lo = LinkMessageBuilder::<LinkUnspec>::new().index(1).up().build();
+            let lo = LinkMessageBuilder::<LinkUnspec>::new()
+                .index(1)
+                .up()
+                .build();
             handle.link().set(lo).execute().await
         });
         namespace
@@ -110,8 +120,10 @@ impl Namespace {
         F: Future<Output = Result<(), rtnetlink::Error>>,
     {
         self.run(move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
             runtime.block_on(async move {
                 let (connection, handle, _) = rtnetlink::new_connection().unwrap();
                 tokio::spawn(connection);
@@ -123,8 +135,15 @@ impl Namespace {
     pub(crate) fn nft(&self, arguments: &[&str]) -> String {
         let arguments: Vec<_> = arguments.iter().map(|it| (*it).to_owned()).collect();
         self.run(move || {
-            let output = std::process::Command::new("nft").args(arguments).output().unwrap();
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let output = std::process::Command::new("nft")
+                .args(arguments)
+                .output()
+                .unwrap();
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
             String::from_utf8(output.stdout).unwrap()
         })
     }
@@ -167,12 +186,21 @@ impl World {
             outside.sysctl(setting, "1");
         }
         let runtime = node.runtime();
-        Self { name: name.to_owned(), node, outside, runtime }
+        Self {
+            name: name.to_owned(),
+            node,
+            outside,
+            runtime,
+        }
     }
 
     pub(crate) fn plan(&self) -> NodePlan {
         NodePlan {
-            primary: PrimaryEni { mac: PRIMARY_MAC, address: NODE, address6: Some(NODE6) },
+            primary: PrimaryEni {
+                mac: PRIMARY_MAC,
+                address: NODE,
+                address6: Some(NODE6),
+            },
             secondary: vec![Eni {
                 mac: SECONDARY_MAC,
                 table: 2,
@@ -186,7 +214,8 @@ impl World {
     }
 
     pub(crate) fn open(&self) -> Datapath {
-        self.wait(async { Datapath::open(&self.plan()).await }).unwrap()
+        self.wait(async { Datapath::open(&self.plan()).await })
+            .unwrap()
     }
 
     /// Runs a future on the node.
@@ -204,7 +233,10 @@ impl World {
     pub(crate) fn pod(&self, number: u8) -> Pod {
         let netns = Namespace::new(&format!("tpt-{}-pod{number}", self.name));
         let plan = PodPlan {
-            pod: PodKey { namespace: "shop".into(), name: format!("pod-{number}") },
+            pod: PodKey {
+                namespace: "shop".into(),
+                name: format!("pod-{number}"),
+            },
             container_id: format!("container{number}"),
             netns: netns.path(),
             ifname: "eth0".into(),
@@ -226,7 +258,9 @@ pub(crate) struct Pod {
 
 impl Pod {
     pub(crate) fn apply(&self, world: &World, datapath: &Datapath) -> Applied {
-        world.wait(datapath.apply(&self.plan)).unwrap_or_else(|error| panic!("{error}"))
+        world
+            .wait(datapath.apply(&self.plan))
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
@@ -247,7 +281,9 @@ fn connect(one: &Namespace, end: &str, mac: Mac, other: &Namespace, peer: &str) 
         use std::os::fd::AsRawFd as _;
         let pair = LinkVeth::new(&end, &inner).address(mac.0.to_vec()).build();
         handle.link().add(pair).execute().await?;
-        let peer = LinkMessageBuilder::<LinkUnspec>::new().name(inner).setns_by_fd(there.as_raw_fd());
+        let peer = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(inner)
+            .setns_by_fd(there.as_raw_fd());
         handle.link().set(peer.build()).execute().await?;
         let end = LinkMessageBuilder::<LinkUnspec>::new().name(end).up();
         handle.link().set(end.build()).execute().await
@@ -270,9 +306,20 @@ async fn node_side(handle: rtnetlink::Handle) -> Result<(), rtnetlink::Error> {
 
 async fn outside_side(handle: rtnetlink::Handle) -> Result<(), rtnetlink::Error> {
     let (e0, e1) = (index(&handle, "e0").await?, index(&handle, "e1").await?);
-    for address in ["203.0.113.66", "169.254.169.254", "2001:db8::66", "fd00:ec2::254"] {
+    for address in [
+        "203.0.113.66",
+        "169.254.169.254",
+        "2001:db8::66",
+        "fd00:ec2::254",
+    ] {
         let address: IpAddr = address.parse().unwrap();
-        add_address(&handle, 1, address, if address.is_ipv4() { 32 } else { 128 }).await?;
+        add_address(
+            &handle,
+            1,
+            address,
+            if address.is_ipv4() { 32 } else { 128 },
+        )
+        .await?;
     }
     for link in [e0, e1] {
         add_address(&handle, link, [10, 0, 1, 1].into(), 32).await?;
@@ -282,15 +329,31 @@ async fn outside_side(handle: rtnetlink::Handle) -> Result<(), rtnetlink::Error>
     // As EC2 does: each address by the ENI that owns it.
     for number in 2..=30u8 {
         let on_secondary = number % 2 == 0 && number != 10 || number == 11;
-        let (link, mac) = if on_secondary { (e1, SECONDARY_MAC) } else { (e0, PRIMARY_MAC) };
+        let (link, mac) = if on_secondary {
+            (e1, SECONDARY_MAC)
+        } else {
+            (e0, PRIMARY_MAC)
+        };
         let address6 = pod6(number);
         let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(pod4(number), 32);
-        handle.route().add(route.output_interface(link).build()).execute().await?;
+        handle
+            .route()
+            .add(route.output_interface(link).build())
+            .execute()
+            .await?;
         let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(address6, 128);
-        handle.route().add(route.output_interface(link).build()).execute().await?;
+        handle
+            .route()
+            .add(route.output_interface(link).build())
+            .execute()
+            .await?;
         for address in [IpAddr::V4(pod4(number)), address6.into()] {
             let neighbour = handle.neighbours().add(link, address);
-            neighbour.link_layer_address(&mac.0).replace().execute().await?;
+            neighbour
+                .link_layer_address(&mac.0)
+                .replace()
+                .execute()
+                .await?;
         }
     }
     Ok(())
@@ -329,7 +392,9 @@ pub(crate) fn state(namespace: &Namespace) -> String {
             let output = std::process::Command::new("ip").args(arguments).output();
             text += &String::from_utf8(output.unwrap().stdout).unwrap();
         }
-        let rules = std::process::Command::new("nft").args(["-s", "list", "ruleset"]).output();
+        let rules = std::process::Command::new("nft")
+            .args(["-s", "list", "ruleset"])
+            .output();
         text + &String::from_utf8(rules.unwrap().stdout).unwrap()
     })
 }
