@@ -1,5 +1,7 @@
 //! A gate's spool and the central record over real mTLS and real SQLite.
 
+#![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
+
 use std::{
     net::SocketAddr,
     path::Path,

@@ -1,6 +1,8 @@
 //! Any single mutation of a sealed chain is found, also by somebody who computes all later hashes
 //! anew but does not hold the node's key.
 
+#![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
+
 use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;

@@ -148,15 +148,19 @@ impl Control {
 
 impl Handler for Control {
     fn apply(&mut self, update: Update) -> Result<(), String> {
-        let policies = update.type_url == PodEgress::TYPE_URL;
         self.take(update)?;
-        if policies {
-            self.owner.apply(Change::PoliciesKnown);
-        }
         if let Err(error) = self.write() {
             tracing::warn!(%error, path = %self.path.display(), "the snapshot was not written");
         }
         Ok(())
+    }
+
+    /// A controller that knows no pod of this node says nothing; being connected is then all there
+    /// is to wait for. A pod whose policy has not come yet is refused meanwhile.
+    fn connection(&mut self, connected: bool) {
+        if connected {
+            self.owner.apply(Change::PoliciesKnown);
+        }
     }
 }
 

@@ -190,7 +190,7 @@ pub enum Change {
         added: Vec<(String, Members)>,
         removed: Vec<String>,
     },
-    /// The controller has said all it knows, or a snapshot of that was read.
+    /// The controller is there, or a snapshot of what it said was read.
     PoliciesKnown,
 }
 

@@ -1,5 +1,7 @@
 //! The spool on a real disk: durable, one chain across restarts, closed when it cannot write.
 
+#![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
+
 use std::{
     path::Path,
     sync::Arc,
