@@ -11,7 +11,7 @@ use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         link::{InfoData, InfoKind, InfoVeth},
-        route::{RouteMessage, RouteType},
+        route::{RouteMessage, RouteScope, RouteType},
     },
 };
 use tokio::task::JoinHandle;
@@ -93,9 +93,6 @@ impl Links {
         if let Some(Mac(octets)) = peer.mac {
             far = far.address(octets.to_vec());
         }
-        if peer.up {
-            far = far.up();
-        }
         let message = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
             .name(link)
             .mtu(mtu)
@@ -113,7 +110,19 @@ impl Links {
             .execute()
             .await
             .map_err(netlink(action))?;
+        // A veth does not come up before its peer exists.
+        if peer.up {
+            Self::open(peer.namespace)?.set_up(&peer.link).await?;
+        }
         self.index(link).await
+    }
+
+    async fn set_up(&self, link: &str) -> Result<(), Error> {
+        let message = LinkUnspec::new_with_index(self.index(link).await?)
+            .up()
+            .build();
+        let raised = self.handle.link().set(message).execute().await;
+        raised.map_err(netlink(format!("raising link {link}")))
     }
 
     /// Absent already is done.
@@ -187,7 +196,11 @@ fn route(to: IpNet, via: Via) -> RouteMessage {
                 Via::Neighbour(link, IpAddr::V4(next)) => {
                     to.output_interface(link).gateway(next).onlink().build()
                 }
-                Via::Here(link) => to.output_interface(link).kind(RouteType::Local).build(),
+                Via::Here(link) => to
+                    .output_interface(link)
+                    .kind(RouteType::Local)
+                    .scope(RouteScope::Host)
+                    .build(),
                 Via::Neighbour(_, IpAddr::V6(_)) | Via::Unreachable => {
                     to.kind(RouteType::Unreachable).build()
                 }

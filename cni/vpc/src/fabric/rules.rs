@@ -35,7 +35,7 @@ pub(super) fn base(spec: &Spec) -> String {
         .collect();
     let hops: String = limits
         .into_iter()
-        .map(|limit| format!("  chain hop-{limit} {{ ip ttl set {limit} }}\n"))
+        .map(|limit| format!("  chain hop-{limit} {{ ip ttl set {limit}; }}\n"))
         .collect();
     format!(
         r#"table inet vpc {{

@@ -17,7 +17,11 @@ use std::{
     sync::Arc,
 };
 
-use tokio::{net::TcpListener, task::JoinSet};
+use socket2::{Domain, Socket, Type};
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    task::JoinSet,
+};
 
 pub use self::log::{Event, Record};
 pub(crate) use self::{certificates::Root, log::Log};
@@ -148,27 +152,27 @@ fn sink_rules(spec: &Spec) -> String {
 }
 
 fn listen(namespace: &Namespace, address: SocketAddr) -> Result<TcpListener, Error> {
-    use socket2::{Domain, Protocol, Socket, Type};
-    let listener = namespace.run(|| {
-        let socket = Socket::new(
-            Domain::for_address(address),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.set_reuse_address(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(1024)?;
-        Ok::<_, io::Error>(std::net::TcpListener::from(socket))
-    })??;
-    Ok(TcpListener::from_std(listener)?)
+    let socket = namespace.run(|| transparent(address, Type::STREAM))??;
+    socket.listen(1024)?;
+    Ok(TcpListener::from_std(socket.into())?)
 }
 
-fn bind_udp(namespace: &Namespace, address: SocketAddr) -> Result<tokio::net::UdpSocket, Error> {
-    let socket = namespace.run(|| std::net::UdpSocket::bind(address))??;
+fn bind_udp(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket, Error> {
+    let socket = namespace.run(|| transparent(address, Type::DGRAM))??;
+    Ok(UdpSocket::from_std(socket.into())?)
+}
+
+/// A socket that takes and answers for addresses that no link has: all of the internet's.
+fn transparent(address: SocketAddr, kind: Type) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    if address.is_ipv4() {
+        socket.set_ip_transparent_v4(true)?;
+    } else {
+        socket.set_only_v6(true)?;
+        socket.set_ip_transparent_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    Ok(tokio::net::UdpSocket::from_std(socket)?)
+    socket.bind(&address.into())?;
+    Ok(socket)
 }

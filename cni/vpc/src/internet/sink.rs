@@ -20,8 +20,9 @@ use tokio::{
 };
 
 use super::{
-    Directory, Error, Log,
+    Directory, Error, Log, listen,
     log::{Arrival, FIRST},
+    transparent,
 };
 use crate::netns::Namespace;
 
@@ -39,11 +40,9 @@ pub(super) fn start(
     tasks: &mut JoinSet<()>,
 ) -> Result<(), Error> {
     let address = SocketAddr::new(family, PORT);
-    let stream = namespace.run(|| open(address, Type::STREAM, Protocol::TCP))??;
-    stream.listen(1024)?;
-    let listener = TcpListener::from_std(stream.into())?;
+    let listener = listen(namespace, address)?;
     let datagrams = namespace.run(|| {
-        let socket = open(address, Type::DGRAM, Protocol::UDP)?;
+        let socket = transparent(address, Type::DGRAM)?;
         if address.is_ipv4() {
             setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true)?;
         } else {
@@ -59,19 +58,6 @@ pub(super) fn start(
     tasks.spawn(serve_udp(datagrams, directory.clone(), Arc::clone(log)));
     tasks.spawn(serve_icmp(echoes, directory.clone(), Arc::clone(log)));
     Ok(())
-}
-
-fn open(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
-    if address.is_ipv4() {
-        socket.set_ip_transparent_v4(true)?;
-    } else {
-        socket.set_only_v6(true)?;
-        socket.set_ip_transparent_v6(true)?;
-    }
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    Ok(socket)
 }
 
 /// Sees every ICMP message beside the kernel, which answers echoes.
