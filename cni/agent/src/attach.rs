@@ -26,7 +26,7 @@ pub const GATEWAY: &str = "169.254.1.1";
 /// Between looks for an address, besides those that a change of the pool causes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Why an operation failed, a variant for each CNI code that the runtime acts on.
+/// Why an operation failed, a variant for each thing that the runtime does about it.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     #[error("{what} is missing or malformed: {hint}")]
@@ -69,28 +69,6 @@ pub enum AttachError {
     Differs(Vec<String>),
     #[error("cannot be checked: {0}")]
     Uncheckable(DatapathError),
-}
-
-impl AttachError {
-    /// CNI's error codes, and ours from 100 on.
-    pub fn code(&self) -> u32 {
-        match self {
-            Self::Invalid { .. } => 4,
-            Self::NotRecorded(_) => 5,
-            Self::PolicyMissing { .. }
-            | Self::NoAddress { .. }
-            | Self::Busy(_)
-            | Self::CalledOff => 11,
-            Self::Datapath(ApplyError {
-                cause: DatapathError::Netns { .. },
-                ..
-            }) => 4,
-            Self::Datapath(_) => 100,
-            Self::Unknown(_) => 101,
-            Self::Differs(_) => 102,
-            Self::Uncheckable(_) => 103,
-        }
-    }
 }
 
 /// What an ADD or a CHECK names, checked.

@@ -1,11 +1,12 @@
 //! The runtime's side: gRPC for the CNI executable.
 //!
 //! A caller that goes away does not stop what it began: each operation runs to its end as a task
-//! of the node's. An error carries the CNI error code in the metadata `cni-code`.
+//! of the node's. The CNI executable makes CNI's error codes of gRPC's.
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Instant};
 
-use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
+use tonic::{Code, Request, Response, Status};
+use turnpike_datapath::{ApplyError, Error as DatapathError};
 use turnpike_ipam::Attachment;
 use turnpike_wire::node::{
     AddReply, AddRequest, CheckReply, DelReply, DelRequest, GcReply, GcRequest, StatusReply,
@@ -17,10 +18,6 @@ use crate::{
     node::Node,
 };
 
-const CODE: &str = "cni-code";
-/// The plugin cannot serve ADDs now.
-const NOT_AVAILABLE: u32 = 50;
-
 #[derive(Clone, Debug)]
 pub struct CniService(pub Arc<Node>);
 
@@ -31,7 +28,7 @@ impl CniService {
         work: impl Future<Output = T> + Send + 'static,
     ) -> Result<T, Status> {
         let done = self.0.work.spawn(work).await;
-        done.map_err(|error| status(Code::Internal, 100, format!("the operation broke: {error}")))
+        done.map_err(|error| Status::internal(format!("the operation broke: {error}")))
     }
 }
 
@@ -99,10 +96,8 @@ impl cni_server::Cni for CniService {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let node = &self.0;
         if !node.is_warm() {
-            return Err(status(
-                Code::Unavailable,
-                NOT_AVAILABLE,
-                "EC2 has not said yet which addresses this node holds; see the agent's log".into(),
+            return Err(Status::unavailable(
+                "EC2 has not said yet which addresses this node holds; see the agent's log",
             ));
         }
         // A full node is not a broken one: kubelet would take the node out of service.
@@ -131,26 +126,25 @@ impl cni_server::Cni for CniService {
 
 impl From<AttachError> for Status {
     fn from(error: AttachError) -> Self {
-        let code = match error {
+        let code = match &error {
+            // The namespace is gone: nothing is left to clean up.
+            AttachError::Datapath(ApplyError {
+                cause: DatapathError::Netns { .. },
+                ..
+            })
+            | AttachError::Unknown(_) => Code::NotFound,
             AttachError::Invalid { .. } => Code::InvalidArgument,
             AttachError::PolicyMissing { .. }
             | AttachError::NoAddress { .. }
             | AttachError::Busy(_) => Code::Unavailable,
             AttachError::CalledOff => Code::Aborted,
-            AttachError::Unknown(_) => Code::NotFound,
             AttachError::Differs(_) => Code::FailedPrecondition,
             AttachError::NotRecorded(_)
             | AttachError::Datapath(_)
             | AttachError::Uncheckable(_) => Code::Internal,
         };
-        status(code, error.code(), error.to_string())
+        Self::new(code, error.to_string())
     }
-}
-
-fn status(code: Code, cni: u32, message: String) -> Status {
-    let mut status = Status::new(code, message);
-    status.metadata_mut().insert(CODE, MetadataValue::from(cni));
-    status
 }
 
 #[cfg(test)]
@@ -160,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_says_its_cni_code_and_what_is_missing() {
+    fn an_error_says_whether_to_try_again_and_what_is_missing() {
         let error = AttachError::PolicyMissing {
             namespace: "shop".into(),
             name: "cart".into(),
@@ -168,7 +162,7 @@ mod tests {
             link: "there is no connection to the controller",
         };
         let status = Status::from(error);
-        assert_eq!(status.metadata().get(CODE).unwrap(), "11");
+        assert_eq!(status.code(), Code::Unavailable);
         assert!(
             status.message().contains("shop/cart"),
             "{}",

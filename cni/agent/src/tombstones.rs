@@ -1,6 +1,6 @@
 //! DELs that could not be done: by the CNI executable while the agent was away, or by the agent
-//! while the kernel refused. A file each, in a folder beside the socket, which a reboot empties as
-//! it does the pods.
+//! while the kernel refused. A file each, in the folder `removed` beside the socket, which a reboot
+//! empties as it does the pods. Names that begin with `.` are not whole yet.
 
 use std::{
     fs, io,
@@ -34,7 +34,7 @@ pub struct Tombstones {
 impl Tombstones {
     /// The folder beside the CNI socket; root's alone.
     pub fn beside(socket: &Path) -> io::Result<Self> {
-        let folder = socket.parent().unwrap_or(Path::new("/")).join("tombstones");
+        let folder = socket.parent().unwrap_or(Path::new("/")).join("removed");
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -47,7 +47,10 @@ impl Tombstones {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.folder)?.take(BATCH) {
             let path = entry?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
+            let unfinished = path
+                .file_name()
+                .is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+            if unfinished || path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
             match read_one(&path) {
@@ -72,10 +75,10 @@ impl Tombstones {
             ifname: ifname.clone(),
             ..Tombstone::default()
         };
-        let name = format!("{}-{}", plain(container_id), plain(ifname));
-        let new = self.folder.join(format!("{name}.tmp"));
+        let name = format!("{}@{}.json", plain(container_id), plain(ifname));
+        let new = self.folder.join(format!(".{name}"));
         fs::write(&new, serde_json::to_vec(&tombstone)?)?;
-        fs::rename(&new, self.folder.join(format!("{name}.json")))
+        fs::rename(&new, self.folder.join(name))
     }
 }
 
@@ -113,11 +116,11 @@ mod tests {
             ifname: "eth0".into(),
         };
         tombstones.leave(&attachment).unwrap();
-        fs::write(folder.path().join("tombstones/x.json"), "{not json").unwrap();
-        fs::write(folder.path().join("tombstones/half.tmp"), "{").unwrap();
+        fs::write(folder.path().join("removed/x.json"), "{not json").unwrap();
+        fs::write(folder.path().join("removed/.half.json.7"), "{").unwrap();
         let found = tombstones.read().unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].1.container_id, "../c/1");
-        assert!(folder.path().join("tombstones/x.unreadable").exists());
+        assert!(folder.path().join("removed/x.unreadable").exists());
     }
 }
