@@ -22,4 +22,4 @@ pub use kinds::{
     AuthorizationPolicy, ClusterEgressPolicy, EgressPolicy, MeshConfig, PeerAuthentication,
     Telemetry, TrafficPolicy,
 };
-pub use object::{Kind, Object, ObjectKey};
+pub use object::{Kind, Object, ObjectKey, Part};

@@ -2,12 +2,17 @@
 
 use std::{fmt, sync::Arc};
 
-use k8s_openapi::api::{
-    core::v1::{Namespace, Pod, Service, ServiceAccount},
-    discovery::v1::EndpointSlice,
+use k8s_openapi::{
+    api::{
+        core::v1::{Namespace, Pod, Service, ServiceAccount},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::Resource;
+use schemars::Schema;
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use crate::{
     AuthorizationPolicy, ClusterEgressPolicy, EgressPolicy, HttpRoute, MeshConfig,
@@ -87,6 +92,14 @@ macro_rules! kinds {
             }
         }
 
+        impl Kind {
+            fn schema(self) -> Schema {
+                match self {
+                    $(Self::$kind => schemars::schema_for!($type),)*
+                }
+            }
+        }
+
         impl Object {
             pub fn kind(&self) -> Kind {
                 match self {
@@ -106,7 +119,7 @@ macro_rules! kinds {
                 }
             }
 
-            pub fn metadata(&self) -> &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
+            pub fn metadata(&self) -> &ObjectMeta {
                 match self {
                     $(Self::$kind(object) => Resource::meta(&**object),)*
                 }
@@ -144,6 +157,73 @@ impl Kind {
             .iter()
             .copied()
             .find(|known| known.as_str() == kind && known.api_version() == api_version)
+    }
+}
+
+/// A step from a value into one of its parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'a> {
+    Field(&'a str),
+    Item,
+}
+
+impl Kind {
+    /// The fields that its objects may have at a place: what to name where one is unknown. `None`:
+    /// the place does not exist, or takes any name.
+    pub fn fields(self, path: &[Part<'_>]) -> Option<Vec<String>> {
+        // Their schema does not have what every object has.
+        const COMMON: [&str; 3] = ["apiVersion", "kind", "metadata"];
+        let root = self.schema().to_value();
+        if let [Part::Field("metadata"), rest @ ..] = path {
+            let metadata = schemars::schema_for!(ObjectMeta).to_value();
+            return fields_at(&metadata, &metadata, rest);
+        }
+        let mut fields = fields_at(&root, &root, path)?;
+        if path.is_empty() {
+            fields.extend(COMMON.map(str::to_owned));
+            fields.sort_unstable();
+            fields.dedup();
+        }
+        Some(fields)
+    }
+}
+
+fn fields_at(root: &Value, schema: &Value, path: &[Part<'_>]) -> Option<Vec<String>> {
+    let schema = resolve(root, schema)?;
+    let next = match path.first() {
+        None => {
+            return Some(
+                schema
+                    .get("properties")?
+                    .as_object()?
+                    .keys()
+                    .cloned()
+                    .collect(),
+            );
+        }
+        Some(Part::Field(name)) => schema
+            .get("properties")
+            .and_then(|properties| properties.get(name))
+            .or_else(|| schema.get("additionalProperties"))?,
+        Some(Part::Item) => schema.get("items")?,
+    };
+    fields_at(root, next, &path[1..])
+}
+
+/// Follows references, and takes the one alternative that is not null.
+fn resolve<'a>(root: &'a Value, schema: &'a Value) -> Option<&'a Value> {
+    if let Some(reference) = schema.get("$ref").and_then(Value::as_str) {
+        return resolve(root, root.pointer(reference.strip_prefix('#')?)?);
+    }
+    let one_of = ["anyOf", "allOf", "oneOf"]
+        .iter()
+        .find_map(|keyword| schema.get(keyword));
+    match one_of.and_then(Value::as_array) {
+        Some(schemas) if schema.get("properties").is_none() => {
+            let is_null = |s: &&Value| s.get("type").and_then(Value::as_str) == Some("null");
+            resolve(root, schemas.iter().find(|schema| !is_null(schema))?)
+        }
+        _ => Some(schema),
     }
 }
 
@@ -191,9 +271,37 @@ mod tests {
     }
 
     #[test]
+    fn every_place_knows_its_fields() {
+        use Part::{Field, Item};
+        let fields = |kind: Kind, path: &[Part<'_>]| kind.fields(path).unwrap().join(" ");
+        let rule = [Field("spec"), Field("allow"), Item];
+        assert_eq!(
+            fields(Kind::EgressPolicy, &rule),
+            "cidrs hosts http ports tls"
+        );
+        assert_eq!(
+            fields(Kind::EgressPolicy, &[]),
+            "apiVersion kind metadata spec status"
+        );
+        let port = [Field("spec"), Field("ports"), Item];
+        assert_eq!(
+            fields(Kind::Service, &port),
+            "appProtocol name nodePort port protocol targetPort"
+        );
+        assert!(fields(Kind::Pod, &[Field("metadata")]).contains("annotations"));
+        let route = [Field("spec"), Field("rules"), Item, Field("timeouts")];
+        assert_eq!(fields(Kind::HttpRoute, &route), "backendRequest request");
+        assert_eq!(
+            Kind::Pod.fields(&[Field("metadata"), Field("labels")]),
+            None
+        );
+        assert_eq!(Kind::Pod.fields(&[Field("nowhere")]), None);
+    }
+
+    #[test]
     fn keys_name_kind_namespace_and_name() {
         let read = |yaml: &str, kind| {
-            let value: serde_json::Value = serde_saphyr::from_str(yaml).unwrap();
+            let value: Value = serde_saphyr::from_str(yaml).unwrap();
             Object::deserialize(kind, value).unwrap().key().to_string()
         };
         let pod = "{apiVersion: v1, kind: Pod, metadata: {name: a}}";

@@ -321,7 +321,7 @@ spec:
                 Document::Bad { faults, .. } => panic!("{faults:?}"),
             })
             .collect();
-        assert_eq!(keys, ["3 EgressPolicy shop/payments", "12 Namespace shop"]);
+        assert_eq!(keys, ["3 EgressPolicy shop/payments", "13 Namespace shop"]);
     }
 
     #[test]
@@ -408,7 +408,7 @@ spec:
             "apiVersion: v1\nkind: List\nitems: []\n",
             "2 kind: a List is not read",
         );
-        assert_fault("a: [\n", "2 : this is not YAML");
+        assert_fault("a: [\n", "1 : this is not YAML");
         assert_fault(
             "apiVersion: v1\nkind: Pod\nmetadata: {}\n",
             "3 metadata.name: `` is refused",

@@ -1,18 +1,22 @@
 //! Which files changed, once they have settled.
 //!
 //! A file that is being written is seen truncated, and one that an editor replaces is gone for a
-//! moment. So a change counts only when two looks in a row find the same; what was read before
-//! stays until then.
+//! moment. So a change counts only when two looks in a row find the same, and a file that was
+//! emptied only after a second, since that is how most writes begin; what was read before stays
+//! until then. Whoever writes large files slowly should write them under another name and rename.
 
 use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 /// No object in Kubernetes is larger than 1.5 MiB; a file may have many.
 const MAX_SIZE: u64 = 16 << 20;
+
+/// How long a file must be empty to be believed.
+const EMPTIED: Duration = Duration::from_secs(1);
 
 /// The folder, as it was found last.
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub(super) struct Files {
 struct Known {
     /// What the last look found; `None`: nothing.
     seen: Option<Stamp>,
+    /// When it was first found so.
+    since: Instant,
     /// What was read, and reported. `None`: nothing yet.
     read: Option<(Stamp, Content)>,
 }
@@ -66,7 +72,7 @@ impl Files {
         }
     }
 
-    pub(super) fn look(&mut self) -> Look {
+    pub(super) fn look(&mut self, now: Instant) -> Look {
         let found = match list(&self.folder) {
             Ok(found) => found,
             Err(error) => {
@@ -82,6 +88,7 @@ impl Files {
         for file in found.keys() {
             self.known.entry(file.clone()).or_insert(Known {
                 seen: None,
+                since: now,
                 read: None,
             });
         }
@@ -90,27 +97,26 @@ impl Files {
             ..Look::default()
         };
         for (file, known) in &mut self.known {
-            let now = found.get(file).copied();
-            if now != known.seen {
-                known.seen = now;
+            let stamp = found.get(file).copied();
+            if stamp != known.seen {
+                (known.seen, known.since) = (stamp, now);
                 look.settled = false;
                 continue;
             }
-            if known.read.as_ref().map(|(stamp, _)| *stamp) == now {
+            if known.read.as_ref().map(|(stamp, _)| *stamp) == stamp {
                 continue;
             }
-            let content = match now {
-                Some(stamp) => match read(&self.folder.join(file), stamp) {
-                    Some(content) => Some(content),
-                    None => {
-                        look.settled = false;
-                        continue;
-                    }
-                },
-                None => None,
+            let content = match stamp {
+                Some(stamp) if known.emptied(stamp, now) => None,
+                Some(stamp) => read(&self.folder.join(file), stamp).map(Some),
+                None => Some(None),
+            };
+            let Some(content) = content else {
+                look.settled = false;
+                continue;
             };
             let same = known.read.as_ref().map(|(_, content)| content) == content.as_ref();
-            known.read = now.zip(content.clone());
+            known.read = stamp.zip(content.clone());
             if !same {
                 look.changes.push(Change {
                     file: file.clone(),
@@ -121,6 +127,17 @@ impl Files {
         self.known
             .retain(|_, known| known.seen.is_some() || known.read.is_some());
         look
+    }
+}
+
+impl Known {
+    /// Whether it had content, and has had none for too short a time.
+    fn emptied(&self, stamp: Stamp, now: Instant) -> bool {
+        let had_content = self
+            .read
+            .as_ref()
+            .is_some_and(|(before, _)| before.size > 0);
+        stamp.size == 0 && had_content && now.duration_since(self.since) < EMPTIED
     }
 }
 
@@ -174,4 +191,67 @@ fn read(path: &Path, before: Stamp) -> Option<Content> {
         }),
         Err(error) => Err(format!("it cannot be read: {error}")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_counts_when_it_has_settled() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.yaml");
+        let mut files = Files::new(folder.path());
+        let begin = Instant::now();
+        let mut look = |seconds: u64| {
+            let look = files.look(begin + Duration::from_secs(seconds));
+            let change = |c: Change| c.content.map(|content| content.unwrap());
+            (
+                look.settled,
+                look.changes.into_iter().map(change).collect::<Vec<_>>(),
+            )
+        };
+        let text = |text: &str| Some(text.to_owned());
+
+        assert_eq!(look(0), (true, vec![]));
+        fs::write(&path, "one").unwrap();
+        assert_eq!(look(0), (false, vec![]), "first seen");
+        assert_eq!(look(0), (true, vec![text("one")]));
+        assert_eq!(look(0), (true, vec![]));
+
+        fs::write(&path, "").unwrap();
+        assert_eq!(look(10), (false, vec![]));
+        assert_eq!(
+            look(10),
+            (false, vec![]),
+            "it may be a write that has begun"
+        );
+        fs::write(&path, "three").unwrap();
+        assert_eq!(look(20), (false, vec![]));
+        assert_eq!(look(20), (true, vec![text("three")]));
+
+        fs::write(&path, "").unwrap();
+        assert_eq!(look(30), (false, vec![]));
+        assert_eq!(look(31), (true, vec![text("")]), "it is meant");
+
+        fs::remove_file(&path).unwrap();
+        assert_eq!(look(40), (false, vec![]), "an editor may put it back");
+        assert_eq!(look(40), (true, vec![None]));
+        assert_eq!(look(40), (true, vec![]));
+    }
+
+    #[test]
+    fn a_file_written_anew_with_the_same_text_is_no_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.yaml");
+        fs::write(&path, "one").unwrap();
+        let mut files = Files::new(folder.path());
+        let now = Instant::now();
+        files.look(now);
+        assert_eq!(files.look(now).changes.len(), 1);
+        fs::write(folder.path().join("new"), "one").unwrap();
+        fs::rename(folder.path().join("new"), &path).unwrap();
+        assert!(files.look(now).changes.is_empty());
+        assert!(files.look(now).changes.is_empty());
+    }
 }

@@ -79,8 +79,7 @@ fn watch(folder: &Path, events: &mpsc::Sender<Event>) {
     let mut synced = false;
     while !events.is_closed() {
         let begin = Instant::now();
-        let look = files.look();
-        // The first time, nothing is in force that a half-written file could take away.
+        let look = files.look(begin);
         for change in look.changes {
             holdings.replace(
                 change.file,

@@ -48,8 +48,10 @@ pub(super) fn split(text: &str) -> Vec<(usize, &str)> {
 impl<'a> Yaml<'a> {
     /// The documents of one part of [`split`]; empty ones are left out.
     pub(super) fn parse(offset: usize, text: &'a str) -> Result<Vec<Self>, Broken> {
+        // What ends too early is said to be wrong behind its end.
+        let last = text.lines().count().max(1);
         let roots = MarkedYaml::load_from_str(text).map_err(|error| Broken {
-            line: offset + error.marker().line(),
+            line: offset + error.marker().line().min(last),
             problem: format!("this is not YAML: {}", error.info()),
         })?;
         let empty = |root: &MarkedYaml<'_>| {
@@ -216,7 +218,7 @@ mod tests {
             ("a: !secret b\n", 1),
             ("a:\n  ? [b]\n  : c\n", 2),
             ("a: .inf\n", 1),
-            ("a: [1,\n", 2),
+            ("a: [1,\n", 1),
             ("a: b: c\n", 1),
         ] {
             let broken = Yaml::parse(0, text)
