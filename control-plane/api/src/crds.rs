@@ -1,7 +1,7 @@
 //! The CRDs, as `kubectl apply` takes them.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceColumnDefinition, CustomResourceDefinition,
+    CustomResourceColumnDefinition, CustomResourceDefinition, CustomResourceDefinitionVersion,
 };
 use kube::CustomResourceExt;
 
@@ -27,10 +27,26 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
     .map(|mut crd| {
         for version in &mut crd.spec.versions {
             version.additional_printer_columns = Some(columns());
+            describe(version);
         }
         crd
     })
     .into()
+}
+
+/// `kubectl explain` begins with what the kind is for.
+fn describe(version: &mut CustomResourceDefinitionVersion) {
+    let schema = version
+        .schema
+        .as_mut()
+        .and_then(|schema| schema.open_api_v3_schema.as_mut());
+    if let Some(schema) = schema {
+        let spec = schema
+            .properties
+            .as_ref()
+            .and_then(|properties| properties.get("spec"));
+        schema.description = spec.and_then(|spec| spec.description.clone());
+    }
 }
 
 /// What `kubectl get` shows, the same for each kind.
