@@ -134,12 +134,8 @@ fn record(denied: Denied, state: &State, spool: &Spool) {
         return spool.drop_one();
     };
     let standing = state.view().standing(source);
-    let now = Instant::now();
-    if !standing
-        .pod()
-        .is_none_or(|pod| pod.runtime.may_record_denial(now))
-    {
-        return spool.drop_one();
+    if !spool.may_record_denial(standing.pod().map(|pod| &**pod), Instant::now()) {
+        return;
     }
     let port = |port: u32| u16::try_from(port).unwrap_or(0);
     spool.note(Event::Denied(Attempt {

@@ -22,7 +22,7 @@ pub struct Sockets {
 #[derive(Debug, thiserror::Error)]
 #[error(
     "cannot listen for {what} on {address}: {source}; the gate starts with CAP_NET_RAW and \
-     CAP_NET_BIND_SERVICE, in the node's network namespace, and DNS addresses must be on a link"
+     CAP_NET_BIND_SERVICE, in the node's network namespace"
 )]
 pub struct BindError {
     what: &'static str,
@@ -35,56 +35,73 @@ pub fn bind(door: u16, dns: &[IpAddr], http: SocketAddr) -> Result<Sockets, Bind
     let wildcards: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
     let door = wildcards
         .iter()
-        .map(|ip| listener("claimed connections", SocketAddr::new(*ip, door), true))
+        .map(|ip| listener("claimed connections", SocketAddr::new(*ip, door), Place::Anywhere))
         .collect::<Result<_, _>>()?;
     let dns: Vec<_> = dns.iter().map(|ip| SocketAddr::new(*ip, 53)).collect();
     let udp = |address: &SocketAddr| {
-        UdpSocket::bind(address).map_err(|source| BindError {
-            what: "DNS",
-            address: *address,
-            source,
-        })
+        socket(*address, Type::DGRAM, Protocol::UDP, Place::Later)
+            .map(UdpSocket::from)
+            .map_err(|source| BindError {
+                what: "DNS",
+                address: *address,
+                source,
+            })
     };
     Ok(Sockets {
         door,
         dns_udp: dns.iter().map(udp).collect::<Result<_, _>>()?,
         dns_tcp: dns
             .iter()
-            .map(|address| listener("DNS", *address, false))
+            .map(|address| listener("DNS", *address, Place::Later))
             .collect::<Result<_, _>>()?,
-        http: listener("metrics and health", http, false)?,
+        http: listener("metrics and health", http, Place::Here)?,
     })
 }
 
-/// `transparent`: also takes connections to addresses that are not the node's.
+/// Where the address that a socket is bound to is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Here,
+    /// The agent puts it on a link; whoever of the two starts first must not matter.
+    Later,
+    /// Connections to addresses that are not the node's are taken too.
+    Anywhere,
+}
+
 fn listener(
     what: &'static str,
     address: SocketAddr,
-    transparent: bool,
+    place: Place,
 ) -> Result<TcpListener, BindError> {
-    let bind = || {
-        let domain = Domain::for_address(address);
-        let socket = Socket::new(domain, Type::STREAM.cloexec(), Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        match address {
-            SocketAddr::V4(_) if transparent => socket.set_ip_transparent_v4(true)?,
-            SocketAddr::V4(_) => {}
-            SocketAddr::V6(_) => {
-                socket.set_only_v6(true)?;
-                if transparent {
-                    socket.set_ip_transparent_v6(true)?;
-                }
-            }
-        }
-        socket.bind(&address.into())?;
+    let listen = || {
+        let socket = socket(address, Type::STREAM, Protocol::TCP, place)?;
         socket.listen(BACKLOG)?;
         Ok(TcpListener::from(socket))
     };
-    bind().map_err(|source| BindError {
+    listen().map_err(|source| BindError {
         what,
         address,
         source,
     })
+}
+
+fn socket(address: SocketAddr, kind: Type, protocol: Protocol, place: Place) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind.cloexec(), Some(protocol))?;
+    if kind == Type::STREAM {
+        socket.set_reuse_address(true)?;
+    }
+    match (address, place) {
+        (_, Place::Here) => {}
+        (SocketAddr::V4(_), Place::Later) => socket.set_freebind_v4(true)?,
+        (SocketAddr::V6(_), Place::Later) => socket.set_freebind_v6(true)?,
+        (SocketAddr::V4(_), Place::Anywhere) => socket.set_ip_transparent_v4(true)?,
+        (SocketAddr::V6(_), Place::Anywhere) => socket.set_ip_transparent_v6(true)?,
+    }
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    Ok(socket)
 }
 
 impl Sockets {

@@ -7,7 +7,6 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
-    time::Instant,
 };
 
 use arc_swap::ArcSwap;
@@ -26,6 +25,8 @@ pub struct PodLimits {
     pub connections: usize,
     pub dns_per_second: u32,
     pub dns_burst: u32,
+    /// Questions waiting for an answer, and TCP connections that ask.
+    pub dns_in_work: usize,
     /// Refusals written down one by one; more become a `gap`.
     pub denials_per_second: u32,
     /// Addresses remembered as answers to this pod.
@@ -38,6 +39,7 @@ impl Default for PodLimits {
             connections: 1024,
             dns_per_second: 200,
             dns_burst: 1000,
+            dns_in_work: 64,
             denials_per_second: 50,
             names: 4096,
         }
@@ -62,6 +64,7 @@ pub struct Pod {
 #[derive(Debug)]
 pub struct PodRuntime {
     pub connections: Arc<Semaphore>,
+    pub questions: Arc<Semaphore>,
     pub queries: Mutex<Bucket>,
     pub denials: Mutex<Bucket>,
     pub names: Mutex<Names>,
@@ -71,6 +74,7 @@ impl PodRuntime {
     pub fn new(limits: &PodLimits) -> Arc<Self> {
         Arc::new(Self {
             connections: Arc::new(Semaphore::new(limits.connections)),
+            questions: Arc::new(Semaphore::new(limits.dns_in_work)),
             queries: Mutex::new(Bucket::new(limits.dns_per_second, limits.dns_burst)),
             denials: Mutex::new(Bucket::new(
                 limits.denials_per_second,
@@ -78,10 +82,6 @@ impl PodRuntime {
             )),
             names: Mutex::new(Names::new(limits.names)),
         })
-    }
-
-    pub fn may_record_denial(&self, now: Instant) -> bool {
-        self.denials.lock().take(now)
     }
 }
 

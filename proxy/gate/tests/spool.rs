@@ -187,7 +187,7 @@ async fn a_full_disk_denies_and_the_gap_is_on_record() {
         match running.spool.record(opened(&format!("c-{n}"))).await {
             Ok(_) if refused == 0 => {}
             Ok(_) => break,
-            Err(NotRecorded::Store(_)) => refused += 1,
+            Err(NotRecorded::Full) => refused += 1,
             Err(other) => panic!("{other}"),
         }
         if refused == 5 {
@@ -195,6 +195,11 @@ async fn a_full_disk_denies_and_the_gap_is_on_record() {
         }
     }
     assert_eq!(refused, 5, "the spool grew beyond its bound");
+    running
+        .spool
+        .record_end(closed("c-0"))
+        .await
+        .expect("an end has room");
     running.stop().await;
 
     let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
@@ -203,7 +208,7 @@ async fn a_full_disk_denies_and_the_gap_is_on_record() {
     running.stop().await;
     let report = report(dir.path(), &trust).await;
     assert!(report.holds(), "{:?}", report.problems);
-    assert_eq!(report.noted_gaps, 1);
+    assert_eq!(report.noted_gaps, 6);
 }
 
 #[tokio::test]

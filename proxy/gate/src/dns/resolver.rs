@@ -11,6 +11,7 @@ use std::{
 
 use hickory_proto::rr::RecordType;
 use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
 use turnpike_ledger::{Event, record};
 use turnpike_rules::{address, egress, host::HostName, pod::PodEgress};
 
@@ -79,6 +80,22 @@ impl Resolver {
         }
     }
 
+    /// Room for one more question, or connection of questions, of the pod at `source`; None while
+    /// it has as many as it may have. Whoever is no pod needs no room: it is refused at once.
+    pub fn admit(&self, source: IpAddr) -> Option<Option<OwnedSemaphorePermit>> {
+        let view = self.state.view();
+        match view.standing(source).pod() {
+            Some(pod) => pod
+                .runtime
+                .questions
+                .clone()
+                .try_acquire_owned()
+                .ok()
+                .map(Some),
+            None => Some(None),
+        }
+    }
+
     /// The reply to `question` from `source`. What is allowed is in the pod's ledger when this
     /// returns.
     pub async fn resolve(&self, source: IpAddr, question: &Question) -> Reply {
@@ -93,7 +110,7 @@ impl Resolver {
                 }
                 Err(refusal) => {
                     let code = refusal.code;
-                    self.record_refusal(standing, question, refusal);
+                    self.record_refusal(standing, question, refusal, record::Verdict::Denied);
                     self.count("refused");
                     return Reply::failure(code);
                 }
@@ -121,8 +138,17 @@ impl Resolver {
         match standing {
             Standing::Unselected(_) => self.forward(question).await,
             Standing::Selected(pod, egress) => {
-                self.answer_selected(view, standing, pod, egress, question)
-                    .await
+                let answered = self
+                    .answer_selected(view, standing, pod, egress, question)
+                    .await;
+                match answered {
+                    Err(refusal) if audits(egress) => {
+                        let verdict = record::Verdict::AuditWouldDeny;
+                        self.record_refusal(standing, question, refusal, verdict);
+                        self.forward(question).await
+                    }
+                    answered => answered,
+                }
             }
             Standing::Unknown | Standing::NoPolicy(_) => Err(Refusal::new(
                 Code::Refused,
@@ -293,18 +319,24 @@ impl Resolver {
         *name == self.config.cluster_domain || name.is_below(&self.config.cluster_domain)
     }
 
-    fn record_refusal(&self, standing: &Standing, question: &Question, refusal: Refusal) {
+    fn record_refusal(
+        &self,
+        standing: &Standing,
+        question: &Question,
+        refusal: Refusal,
+        verdict: record::Verdict,
+    ) {
         let (Some(pod), Some(recorded)) = (standing.pod(), standing.recorded()) else {
             return;
         };
-        if !pod.runtime.may_record_denial(Instant::now()) {
-            return self.spool.drop_one();
+        if !self.spool.may_record_denial(Some(pod), Instant::now()) {
+            return;
         }
         self.spool.note(Event::Dns(record::Lookup {
             pod: recorded,
             name: describe::bounded(&question.name),
             query_type: question.kind.to_string(),
-            verdict: record::Verdict::Denied,
+            verdict,
             reason: Some(refusal.reason),
             rule: refusal.rule,
             answer_chain: vec![],
@@ -317,6 +349,14 @@ impl Resolver {
     fn count(&self, result: &'static str) {
         self.metrics.dns.get_or_create(&Answered { result }).inc();
     }
+}
+
+/// One policy that only audits lets pass what the others lack, as at the door.
+fn audits(egress: &PodEgress) -> bool {
+    egress
+        .policies
+        .iter()
+        .any(|policy| policy.mode == egress::Mode::Audit)
 }
 
 fn carries_connections(kind: RecordType) -> bool {

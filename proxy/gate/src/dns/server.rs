@@ -64,9 +64,13 @@ pub async fn serve_udp(
         let Ok(permit) = permits.clone().try_acquire_owned() else {
             continue;
         };
+        // Dropped like the above: its client asks again, later.
+        let Some(room) = resolver.admit(source(peer)) else {
+            continue;
+        };
         let (socket, resolver) = (socket.clone(), resolver.clone());
         tasks.spawn(async move {
-            let _permit = permit;
+            let _permits = (permit, room);
             let reply = resolver.resolve(source(peer), &question).await;
             // The client asks again where this is lost.
             let _ = socket.send_to(&question.answer_udp(&reply), peer).await;
@@ -92,9 +96,12 @@ pub async fn serve_tcp(
         };
         match accepted {
             Ok((stream, peer)) => {
+                let Some(room) = resolver.admit(source(peer)) else {
+                    continue;
+                };
                 let (resolver, cancel) = (resolver.clone(), cancel.clone());
                 tasks.spawn(async move {
-                    let _permit = permit;
+                    let _permits = (permit, room);
                     tokio::select! {
                         result = converse(stream, source(peer), &resolver) => {
                             if let Err(error) = result {

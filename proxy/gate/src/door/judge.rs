@@ -165,3 +165,171 @@ pub(super) fn missing(standing: &Standing) -> &'static str {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use turnpike_rules::{
+        egress::{EgressPolicy, EgressPort, EgressProtocol, EgressRule, Mode},
+        host::HostPattern,
+        pod::Members,
+    };
+
+    use super::*;
+    use crate::{
+        dns::names::Names,
+        state::{Change, Owner, PodInfo, PodLimits, State},
+    };
+
+    const HOST: &str = "api.payments.example";
+
+    fn rule(protocol: EgressProtocol, port: u16, originate_tls: bool) -> EgressRule {
+        EgressRule {
+            id: "allow[0]".into(),
+            hosts: vec![HostPattern::parse(HOST).unwrap()],
+            cidrs: vec![],
+            ports: vec![EgressPort {
+                port,
+                end_port: port,
+                protocol,
+            }],
+            http: None,
+            originate_tls,
+        }
+    }
+
+    fn state(mode: Mode, rule: EgressRule) -> (Arc<Owner>, State) {
+        let (owner, state) = Owner::new(PodLimits::default());
+        owner.apply(Change::PodAdded(PodInfo {
+            uid: "u1".into(),
+            namespace: "shop".into(),
+            name: "pay-0".into(),
+            container_id: "c1".into(),
+            addresses: vec!["10.0.1.5".parse().unwrap()],
+            selected: true,
+        }));
+        let policy = EgressPolicy {
+            name: "shop/pay".into(),
+            version: "7".into(),
+            mode,
+            rules: vec![rule],
+        };
+        let egress = PodEgress {
+            uid: "u1".into(),
+            namespace: "shop".into(),
+            name: "pay-0".into(),
+            identity: "spiffe://cluster.local/ns/shop/sa/pay".parse().unwrap(),
+            policies: vec![policy],
+        };
+        owner.apply(Change::Policies {
+            added: vec![egress],
+            removed: vec![],
+        });
+        (owner, state)
+    }
+
+    fn caller(destination: &str, bound: &str) -> Caller {
+        let destination: SocketAddr = destination.parse().unwrap();
+        let (mut names, now) = (Names::new(10), Instant::now());
+        let name = HostName::parse(bound).unwrap();
+        let chain = ["cdn.example".to_owned()];
+        names
+            .learn(
+                &name,
+                &chain,
+                &[destination.ip()],
+                Duration::from_secs(60),
+                now,
+            )
+            .unwrap();
+        Caller {
+            source: "10.0.1.5:40000".parse().unwrap(),
+            destination,
+            uid: "u1".into(),
+            bound: names.leading_to(destination.ip(), now),
+        }
+    }
+
+    fn sni(name: &str) -> Claim {
+        Claim::Tls(Some(HostName::parse(name).unwrap()))
+    }
+
+    #[test]
+    fn the_record_says_all_that_is_known() {
+        let (_owner, state) = state(Mode::Enforce, rule(EgressProtocol::Tls, 443, false));
+        let attempt = judge(&state.view(), &caller("203.0.113.66:443", HOST), &sni(HOST));
+        assert_eq!((attempt.verdict, attempt.reason), (Verdict::Allowed, None));
+        assert_eq!(attempt.name.as_deref(), Some(HOST));
+        assert_eq!(attempt.answer_chain, ["cdn.example"]);
+        assert_eq!(attempt.assurance, Some(record::Assurance::SniDns));
+        assert_eq!(attempt.rule.unwrap().version, "7");
+    }
+
+    #[test]
+    fn what_is_not_known_or_not_outside_is_denied() {
+        let (owner, state) = state(Mode::Enforce, rule(EgressProtocol::Tls, 443, false));
+        let good = caller("203.0.113.66:443", HOST);
+        let reason = |caller: &Caller| {
+            let attempt = judge(&state.view(), caller, &sni(HOST));
+            assert_eq!(attempt.verdict, Verdict::Denied, "{attempt:?}");
+            attempt.reason.unwrap()
+        };
+        let stranger = Caller {
+            source: "10.0.1.9:1".parse().unwrap(),
+            ..good.clone()
+        };
+        assert!(reason(&stranger).contains("no pod known"));
+        let earlier = Caller {
+            uid: "u0".into(),
+            ..good.clone()
+        };
+        assert!(reason(&earlier).contains("another pod now"));
+        assert!(reason(&caller("169.254.169.254:443", HOST)).contains("metadata"));
+        let members = Members {
+            name: "cluster/node-b".into(),
+            addresses: vec!["203.0.113.66".parse().unwrap()],
+            services: vec![],
+        };
+        let added = vec![("cluster/node-b".to_owned(), members)];
+        owner.apply(Change::Members {
+            added,
+            removed: vec![],
+        });
+        assert!(reason(&good).contains("address of the cluster"));
+        owner.apply(Change::Policies {
+            added: vec![],
+            removed: vec!["shop/pay-0".into()],
+        });
+        assert!(reason(&good).contains("has not sent it yet"));
+    }
+
+    #[test]
+    fn audit_lets_pass_and_says_what_it_would_have_denied() {
+        let (_owner, state) = state(Mode::Audit, rule(EgressProtocol::Tls, 443, false));
+        let lie = judge(
+            &state.view(),
+            &caller("203.0.113.99:443", "other.example"),
+            &sni(HOST),
+        );
+        assert_eq!(lie.verdict, Verdict::AuditWouldDeny);
+        assert!(
+            lie.reason
+                .unwrap()
+                .contains("got 203.0.113.99 for other.example")
+        );
+    }
+
+    #[test]
+    fn origination_that_cannot_be_done_is_refused_and_says_so() {
+        let (_owner, state) = state(Mode::Enforce, rule(EgressProtocol::Http, 80, true));
+        let claim = Claim::Http {
+            host: HostName::parse(HOST).ok(),
+            method: "GET".into(),
+            path: "/".into(),
+        };
+        let attempt = judge(&state.view(), &caller("203.0.113.66:80", HOST), &claim);
+        assert_eq!(attempt.verdict, Verdict::Denied);
+        assert!(attempt.reason.unwrap().contains("tls.originate"));
+    }
+}

@@ -64,9 +64,8 @@ impl Door {
     /// Records a denial within the pod's budget. The denial stands whether or not it is recorded.
     async fn record_denial(&self, pod: Option<&Pod>, attempt: record::Attempt) {
         self.count(&attempt);
-        let may = |pod: &Pod| pod.runtime.may_record_denial(std::time::Instant::now());
-        if !pod.is_none_or(may) {
-            return self.spool.drop_one();
+        if !self.spool.may_record_denial(pod, std::time::Instant::now()) {
+            return;
         }
         if let Err(error) = self.spool.record(Event::Denied(attempt)).await {
             tracing::error!(%error, "a denial was not recorded");

@@ -17,9 +17,10 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use turnpike_ledger::Event;
 
@@ -27,7 +28,7 @@ pub use self::{
     store::{Reader, StoreError},
     writer::Writer,
 };
-use crate::metrics::Metrics;
+use crate::{bucket::Bucket, metrics::Metrics, state::Pod};
 
 /// Records waiting for their commit. A full queue means that the disk does not keep up with what is
 /// asked; new egress is denied until it does.
@@ -67,6 +68,8 @@ impl SpoolConfig {
 pub enum NotRecorded {
     #[error("the record's queue is full: the node's disk does not keep up")]
     QueueFull,
+    #[error("the record has grown to its bound on this node")]
+    Full,
     #[error("the record cannot be written: {0}")]
     Store(Arc<str>),
     #[error("the gate is stopping")]
@@ -97,6 +100,8 @@ struct Shared {
     dropped: AtomicU64,
     boot: String,
     next_connection: AtomicU64,
+    /// For refusals of nobody's packets: anybody who reaches the node can cause those.
+    strangers: Mutex<Bucket>,
     metrics: Arc<Metrics>,
 }
 
@@ -148,6 +153,19 @@ impl Spool {
     pub fn drop_one(&self) {
         self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         self.shared.metrics.dropped_records.inc();
+    }
+
+    /// Whether a refusal fits the pod's budget of records, or that of all sources that are no pod's.
+    /// One that does not is counted as dropped.
+    pub fn may_record_denial(&self, pod: Option<&Pod>, now: Instant) -> bool {
+        let may = match pod {
+            Some(pod) => pod.runtime.denials.lock().take(now),
+            None => self.shared.strangers.lock().take(now),
+        };
+        if !may {
+            self.drop_one();
+        }
+        may
     }
 
     /// Never blocks: an acknowledgement that finds no room is repeated by the next one.

@@ -16,6 +16,8 @@ use turnpike_ledger::{Entry, Head, Record};
 const FILE: &str = "record.sqlite";
 const LOCK: &str = "record.lock";
 const PAGE: u64 = 4096;
+/// Beyond the bound, for what has happened already: ends of connections, restarts, checkpoints.
+const RESERVE: u64 = 4 << 20;
 
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS entries (
@@ -82,7 +84,7 @@ impl Store {
             .page_size(u32::try_from(PAGE).expect("a small constant"))
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
-            .pragma("max_page_count", (max_bytes / PAGE).max(16).to_string())
+            .pragma("max_page_count", ((max_bytes + RESERVE) / PAGE).to_string())
             .busy_timeout(Duration::from_secs(5));
         let mut connection = SqliteConnection::connect_with(&options).await?;
         sqlx::raw_sql(SCHEMA).execute(&mut connection).await?;
@@ -173,6 +175,17 @@ impl Store {
         }
         transaction.commit().await?;
         Ok(())
+    }
+
+    /// Bytes in use; what was pruned is used again.
+    pub(super) async fn used(&mut self) -> Result<u64, StoreError> {
+        let pages: i64 = sqlx::query_scalar(
+            "SELECT (SELECT page_count FROM pragma_page_count) \
+             - (SELECT freelist_count FROM pragma_freelist_count)",
+        )
+        .fetch_one(&mut self.connection)
+        .await?;
+        Ok(pages.unsigned_abs() * PAGE)
     }
 
     /// Removes entries before `sequence`, a bounded number at a time.

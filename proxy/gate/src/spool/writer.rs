@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval},
@@ -20,7 +21,7 @@ use super::{
     Command, NotRecorded, QUEUE, Shared, Spool, SpoolConfig, StoreError, now_ms,
     store::{Batch, Store},
 };
-use crate::metrics::Metrics;
+use crate::{bucket::Bucket, metrics::Metrics};
 
 /// Records of one commit at most: bounds its memory and how long the first of them waits.
 const BATCH: usize = 1024;
@@ -37,6 +38,9 @@ pub struct Writer {
     /// Entries since the last checkpoint, and since when there are any.
     unsealed: u64,
     unsealed_since: Option<Instant>,
+    /// The spool has grown to its bound: nothing new may begin until the central record has
+    /// acknowledged enough.
+    full: bool,
 }
 
 impl std::fmt::Debug for Writer {
@@ -64,6 +68,7 @@ impl Writer {
             dropped: AtomicU64::new(0),
             boot: format!("{:016x}", fastrand::u64(..)),
             next_connection: AtomicU64::new(1),
+            strangers: Mutex::new(Bucket::new(10, 100)),
             metrics,
         });
         let spool = Spool {
@@ -82,6 +87,7 @@ impl Writer {
             committed,
             unsealed: 0,
             unsealed_since: None,
+            full: false,
         };
         writer.mark_restart(live).await?;
         Ok((writer, spool))
@@ -138,8 +144,14 @@ impl Writer {
                     event,
                     done,
                 } => {
-                    events.push((time_ms, *event));
-                    waiting.push(done.unwrap_or_else(|| tokio::sync::oneshot::channel().0));
+                    // Nobody waits for what was only noted.
+                    let done = done.unwrap_or_else(|| tokio::sync::oneshot::channel().0);
+                    if self.full && begins(&event) {
+                        self.refuse_full(done);
+                    } else {
+                        events.push((time_ms, *event));
+                        waiting.push(done);
+                    }
                 }
                 Command::Acknowledged(sequence) => self.prune(sequence).await,
             }
@@ -160,12 +172,21 @@ impl Writer {
         }
         let answer = result.map_err(|error| NotRecorded::Store(error.to_string().into()));
         for (sequence, done) in (first..).zip(waiting) {
-            // Nobody waits for what was only noted.
+            // Whoever waited may have given up.
             let _ = done.send(answer.clone().map(|()| sequence));
         }
     }
 
+    fn refuse_full(&self, done: tokio::sync::oneshot::Sender<Result<u64, NotRecorded>>) {
+        self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+        self.shared.metrics.dropped_records.inc();
+        let _ = done.send(Err(NotRecorded::Full));
+    }
+
     async fn seal_if_due(&mut self) {
+        if self.full {
+            return; // the reserve is for ends, not for one gap after the other
+        }
         let due = |since: Instant| since.elapsed() >= self.config.checkpoint_interval;
         let dropped = self.shared.dropped.load(Ordering::Relaxed) > 0;
         if (dropped || self.unsealed_since.is_some_and(due))
@@ -248,6 +269,23 @@ impl Writer {
             self.unsealed_since.or_else(|| Some(Instant::now()))
         };
         self.committed.send_replace(self.chain.head().sequence);
+        self.measure().await
+    }
+
+    async fn measure(&mut self) -> Result<(), StoreError> {
+        let full = self.store.used().await? >= self.config.max_bytes;
+        if full != self.full {
+            self.full = full;
+            if full {
+                tracing::error!(
+                    bound = self.config.max_bytes,
+                    "the spool is full: new egress is denied until the central record has \
+                     acknowledged enough of it, or its bound is raised"
+                );
+            } else {
+                tracing::info!("the spool has room again");
+            }
+        }
         Ok(())
     }
 
@@ -261,11 +299,30 @@ impl Writer {
     }
 
     async fn prune(&mut self, acknowledged: u64) {
-        let keep_from = acknowledged.saturating_sub(self.config.keep_acknowledged);
-        if keep_from > 1
-            && let Err(error) = self.store.prune(keep_from).await
-        {
+        // The last acknowledged entry stays: the next one follows from it.
+        let keep = if self.full {
+            0
+        } else {
+            self.config.keep_acknowledged
+        };
+        let keep_from = acknowledged.saturating_sub(keep);
+        if keep_from <= 1 {
+            return;
+        }
+        let pruned = async {
+            self.store.prune(keep_from).await?;
+            self.measure().await
+        };
+        if let Err(error) = pruned.await {
             tracing::warn!(%error, "acknowledged entries could not be removed from the spool");
         }
     }
+}
+
+/// Whether an event is something new, which can be refused; not the end of what is on record.
+fn begins(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::Opened(_) | Event::Request(_) | Event::Denied(_) | Event::Dns(_)
+    )
 }

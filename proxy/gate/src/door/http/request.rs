@@ -243,6 +243,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one table")]
     fn doubtful_targets_are_refused() {
         let host = |value| ("host", value);
         for (method, uri, headers, why) in [

@@ -31,6 +31,7 @@ pub(super) struct Upstream {
     on_record: (Option<String>, Option<RuleRef>),
     opened: Instant,
     requests: u64,
+    failed: Option<String>,
 }
 
 impl Upstream {
@@ -69,6 +70,7 @@ impl Upstream {
             on_record: (attempt.claimed, attempt.rule),
             opened,
             requests: 0,
+            failed: None,
         })
     }
 
@@ -93,13 +95,18 @@ impl Upstream {
         &mut self,
         request: Request<Incoming>,
     ) -> Result<Response<Incoming>, hyper::Error> {
-        self.sender.ready().await?;
-        self.requests += 1;
-        self.sender.send_request(request).await
+        let sending = async {
+            self.sender.ready().await?;
+            self.requests += 1;
+            self.sender.send_request(request).await
+        };
+        sending
+            .await
+            .inspect_err(|error| self.failed = Some(error.to_string()))
     }
 
     /// Ends the connection and records it.
-    pub(super) async fn close(self, door: &Door, end: End, reason: Option<String>) {
+    pub(super) async fn close(self, door: &Door, mut end: End, mut reason: Option<String>) {
         let Self {
             id,
             sender,
@@ -107,8 +114,12 @@ impl Upstream {
             socket,
             opened,
             requests,
+            failed,
             ..
         } = self;
+        if end == End::Finished && failed.is_some() {
+            (end, reason) = (End::Broken, failed);
+        }
         drop(sender);
         let abort = matches!(end, End::Revoked | End::GateStopped | End::Broken);
         if abort
