@@ -41,6 +41,11 @@ impl Netns {
         if theirs.dev() != ours.dev() {
             return Err(refused(io::Error::other("it is an ordinary file")));
         }
+        if kind(&file).map_err(refused)? != CloneFlags::CLONE_NEWNET {
+            return Err(refused(io::Error::other(
+                "it is a namespace of another kind",
+            )));
+        }
         if theirs.ino() == ours.ino() {
             return Err(refused(io::Error::other("it is the node's own")));
         }
@@ -79,4 +84,13 @@ impl Netns {
             source: errno.into(),
         })
     }
+}
+
+/// What kind of namespace a descriptor stands for.
+#[expect(unsafe_code, reason = "nix has no function for this ioctl")]
+fn kind(file: &File) -> io::Result<CloneFlags> {
+    nix::ioctl_none!(ns_get_nstype, 0xb7, 0x3);
+    // SAFETY: the ioctl takes no argument and touches no memory of ours; the descriptor is open.
+    let kind = unsafe { ns_get_nstype(file.as_raw_fd()) }?;
+    Ok(CloneFlags::from_bits_retain(kind))
 }

@@ -6,11 +6,11 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 pub(crate) mod frame;
+pub(crate) mod talk;
 
 use std::{
     fs::{self, File},
     future::Future,
-    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     sync::Arc,
@@ -397,8 +397,4 @@ pub(crate) fn state(namespace: &Namespace) -> String {
             .output();
         text + &String::from_utf8(rules.unwrap().stdout).unwrap()
     })
-}
-
-pub(crate) fn refused(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::ConnectionRefused
 }

@@ -1,0 +1,251 @@
+//! The gate's place in the rules: connections of a selected pod arrive at its door, and what it dials
+//! for the pod leaves with the pod's own address.
+
+mod rig;
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+};
+
+use nix::unistd::setfsuid;
+use rig::{
+    INTERNET, INTERNET6, NODE, Pod, World, pod4, pod6,
+    talk::{ANY, PATIENCE, ask, greet},
+};
+use socket2::{Domain, Socket, Type};
+use turnpike_datapath::{Datapath, Snat, marks};
+
+fn domain(address: IpAddr) -> Domain {
+    if address.is_ipv4() {
+        Domain::IPV4
+    } else {
+        Domain::IPV6
+    }
+}
+
+fn transparent(address: IpAddr) -> Socket {
+    let socket = Socket::new(domain(address), Type::STREAM, None).unwrap();
+    if address.is_ipv4() {
+        socket.set_ip_transparent_v4(true).unwrap();
+    } else {
+        socket.set_ip_transparent_v6(true).unwrap();
+    }
+    socket
+}
+
+/// Dials with a pod's address, as a user and with a mark.
+fn dial(from: SocketAddr, to: SocketAddr, uid: u32, mark: u32) -> io::Result<TcpStream> {
+    setfsuid(uid.into());
+    let socket = transparent(to.ip());
+    setfsuid(0.into());
+    socket.set_reuse_address(true)?;
+    socket.bind(&from.into())?;
+    socket.set_mark(mark)?;
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    socket.set_mark(0)?;
+    Ok(socket.into())
+}
+
+fn dial_as_gate(from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    dial(from, to, marks::GATE_UID, marks::DIAL_PERMIT)
+}
+
+/// Accepts at the door and dials on with the very same addresses and ports.
+fn open_door(world: &World) {
+    for any in [
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    ] {
+        let listener = world.node.run(move || {
+            let socket = transparent(any);
+            if any.is_ipv6() {
+                socket.set_only_v6(true).unwrap();
+            }
+            socket.set_reuse_address(true).unwrap();
+            socket
+                .bind(&SocketAddr::new(any, marks::DOOR_PORT).into())
+                .unwrap();
+            socket.listen(64).unwrap();
+            socket
+        });
+        let node = world.node.clone();
+        std::thread::spawn(move || {
+            node.enter();
+            while let Ok((accepted, peer)) = listener.accept() {
+                let peer = peer.as_socket().unwrap();
+                std::thread::spawn({
+                    let node = node.clone();
+                    move || {
+                        node.enter();
+                        serve(accepted.into(), peer);
+                    }
+                });
+            }
+        });
+    }
+}
+
+fn serve(mut accepted: TcpStream, peer: SocketAddr) {
+    let Ok(mut dialled) = dial_as_gate(peer, accepted.local_addr().unwrap()) else {
+        return;
+    };
+    let mut answer = Vec::new();
+    let mut start = [0; 64];
+    let length = dialled.read(&mut start).unwrap_or(0);
+    answer.extend(&start[..length]);
+    let _ = accepted.write_all(&answer);
+}
+
+fn scene(name: &str, snat: Option<Snat>) -> (World, Datapath, Vec<Pod>) {
+    let world = World::new(name);
+    let mut plan = world.plan();
+    plan.snat = snat;
+    let datapath = world.wait(async { Datapath::open(&plan).await }).unwrap();
+    // One on each ENI.
+    let mut pods = vec![world.pod(5), world.pod(6)];
+    for pod in &mut pods {
+        pod.plan.policy.selected = true;
+        pod.apply(&world, &datapath);
+    }
+    for at in [IpAddr::from(INTERNET), INTERNET6.into()] {
+        greet(&world.outside, (at, 443));
+    }
+    (world, datapath, pods)
+}
+
+#[test]
+fn connections_go_by_the_door_and_leave_with_the_pods_address() {
+    let (world, datapath, pods) = scene("door", None);
+    assert!(
+        ask(&pods[0].netns, (INTERNET, 443)).is_err(),
+        "no gate, no door"
+    );
+    open_door(&world);
+    for (pod, number) in pods.iter().zip([5, 6]) {
+        for _ in 0..20 {
+            assert_eq!(ask(&pod.netns, (INTERNET, 443)).unwrap(), pod4(number));
+            assert_eq!(ask(&pod.netns, (INTERNET6, 443)).unwrap(), pod6(number));
+        }
+    }
+    let counts = world.wait(datapath.counts()).unwrap();
+    for address in [
+        IpAddr::from(pod4(5)),
+        pod4(6).into(),
+        pod6(5).into(),
+        pod6(6).into(),
+    ] {
+        assert!(counts.dial[&address].packets >= 20, "{counts:?}");
+    }
+    assert_eq!(counts.forward_original_offcluster.packets, 0);
+    assert_eq!(counts.output_unrecorded.packets, 0);
+}
+
+#[test]
+fn translated_where_the_node_translates_and_still_the_gates() {
+    let direct = vec!["10.0.0.0/16".parse().unwrap()];
+    let (world, datapath, pods) = scene("snat", Some(Snat { direct }));
+    open_door(&world);
+    let mut free = world.pod(8);
+    free.plan.policy.selected = false;
+    free.apply(&world, &datapath);
+    for pod in pods.iter().chain([&free]) {
+        assert_eq!(ask(&pod.netns, (INTERNET, 443)).unwrap(), NODE);
+    }
+    assert_eq!(
+        ask(&pods[1].netns, (INTERNET6, 443)).unwrap(),
+        pod6(6),
+        "IPv6 is not translated"
+    );
+    // Inside the VPC, and in answer to a caller from beyond it, the pod has its own address.
+    greet(&world.outside, ([10, 0, 1, 1], 80));
+    assert_eq!(ask(&free.netns, ([10, 0, 1, 1], 80)).unwrap(), pod4(8));
+    greet(&free.netns, (ANY, 80));
+    let caller = world.outside.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket
+            .bind(&SocketAddr::from((INTERNET, 0)).into())
+            .unwrap();
+        socket.connect_timeout(&SocketAddr::from((pod4(8), 80)).into(), PATIENCE)
+    });
+    caller.unwrap();
+}
+
+#[test]
+fn nobody_else_dials_with_a_pods_address() {
+    let (world, datapath, _pods) = scene("dial", None);
+    let at: SocketAddr = (INTERNET, 443).into();
+    let cases: [(&str, SocketAddr, SocketAddr, u32, u32, bool); 8] = [
+        (
+            "the gate",
+            (pod4(6), 0).into(),
+            at,
+            marks::GATE_UID,
+            marks::DIAL_PERMIT,
+            true,
+        ),
+        (
+            "without a permit",
+            (pod4(6), 0).into(),
+            at,
+            marks::GATE_UID,
+            0,
+            false,
+        ),
+        (
+            "with another mark",
+            (pod4(6), 0).into(),
+            at,
+            marks::GATE_UID,
+            0x100_0000,
+            false,
+        ),
+        (
+            "as root",
+            (pod4(6), 0).into(),
+            at,
+            0,
+            marks::DIAL_PERMIT,
+            false,
+        ),
+        (
+            "as the sidecar",
+            (pod4(6), 0).into(),
+            at,
+            1337,
+            marks::DIAL_PERMIT,
+            false,
+        ),
+        (
+            "to the metadata service",
+            (pod4(6), 0).into(),
+            ([169, 254, 169, 254], 80).into(),
+            marks::GATE_UID,
+            marks::DIAL_PERMIT,
+            false,
+        ),
+        (
+            "to another pod of the node",
+            (pod4(6), 0).into(),
+            (pod4(5), 80).into(),
+            marks::GATE_UID,
+            marks::DIAL_PERMIT,
+            false,
+        ),
+        (
+            "with the node's own address",
+            (NODE, 0).into(),
+            at,
+            0,
+            0,
+            true,
+        ),
+    ];
+    greet(&world.outside, ([169, 254, 169, 254], 80));
+    for (what, from, to, uid, mark, allowed) in cases {
+        let outcome = world.node.run(move || dial(from, to, uid, mark).map(drop));
+        assert_eq!(outcome.is_ok(), allowed, "{what}: {outcome:?}");
+    }
+    let counts = world.wait(datapath.counts()).unwrap();
+    assert!(counts.output_unrecorded.packets >= 6, "{counts:?}");
+}
