@@ -35,7 +35,13 @@ pub fn bind(door: u16, dns: &[IpAddr], http: SocketAddr) -> Result<Sockets, Bind
     let wildcards: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
     let door = wildcards
         .iter()
-        .map(|ip| listener("claimed connections", SocketAddr::new(*ip, door), Place::Anywhere))
+        .map(|ip| {
+            listener(
+                "claimed connections",
+                SocketAddr::new(*ip, door),
+                Place::Anywhere,
+            )
+        })
         .collect::<Result<_, _>>()?;
     let dns: Vec<_> = dns.iter().map(|ip| SocketAddr::new(*ip, 53)).collect();
     let udp = |address: &SocketAddr| {

@@ -195,7 +195,7 @@ pub(super) async fn not_opened(
 ) {
     match error {
         OpenError::NotRecorded(_) => {
-            tracing::error!(%error, "egress denied");
+            tracing::warn!(%error, "egress denied");
             door.record_denial(Some(pod), refuse(attempt, error.to_string()))
                 .await;
         }

@@ -107,6 +107,7 @@ struct Shared {
 
 impl Spool {
     /// Records and returns the sequence once it is on disk. Refused at once where the queue is full.
+    /// What is refused for want of room or disk counts as dropped, and so becomes part of a `gap`.
     pub async fn record(&self, event: Event) -> Result<u64, NotRecorded> {
         let (done, answer) = oneshot::channel();
         let command = Command::Append {
@@ -115,7 +116,10 @@ impl Spool {
             done: Some(done),
         };
         self.queue.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => NotRecorded::QueueFull,
+            mpsc::error::TrySendError::Full(_) => {
+                self.drop_one();
+                NotRecorded::QueueFull
+            }
             mpsc::error::TrySendError::Closed(_) => NotRecorded::Stopping,
         })?;
         answer.await.map_err(|_| NotRecorded::Stopping)?

@@ -402,3 +402,49 @@ fn without_the_gate_there_is_no_door_and_the_record_goes_on_after_it() {
     );
     assert_eq!(world.unrecorded(), 0);
 }
+
+#[test]
+fn what_cannot_be_recorded_does_not_leave() {
+    let mut world = world("full");
+    let web = web();
+    let payments = outside::tls(&world.outside, at("203.0.113.66:443"), &web);
+    let partner = outside::http(&world.outside, at("203.0.113.66:80"));
+    let pod = world.pods[0].clone();
+    assert!(world.stop_gate());
+    // Smaller than what is there already.
+    world.start_gate_with(&["--spool-max-bytes", "4096"]);
+    ask(&pod, at(DNS), "api.payments.example", RecordType::A).unwrap();
+    ask(&pod, at(DNS), "partner.example", RecordType::A).unwrap();
+    let result = tls(
+        &pod,
+        at("203.0.113.66:443"),
+        "api.payments.example",
+        true,
+        &web,
+    );
+    assert!(result.is_err(), "an unrecorded connection passed");
+    let request = b"GET / HTTP/1.1\r\nHost: partner.example\r\n\r\n";
+    let answer = exchange(&pod, at("203.0.113.66:80"), request);
+    assert!(
+        answer.starts_with("HTTP/1.1 503") && answer.contains("unrecorded"),
+        "{answer}"
+    );
+    assert_eq!((payments.bytes(), partner.bytes()), (0, 0));
+
+    assert!(world.stop_gate());
+    world.start_gate();
+    ask(&pod, at(DNS), "api.payments.example", RecordType::A).unwrap();
+    tls(
+        &pod,
+        at("203.0.113.66:443"),
+        "api.payments.example",
+        true,
+        &web,
+    )
+    .unwrap();
+    assert!(world.report().holds());
+    assert!(
+        world.report().noted_gaps > 0,
+        "what was not recorded is counted"
+    );
+}

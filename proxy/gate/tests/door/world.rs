@@ -188,6 +188,10 @@ impl World {
     }
 
     pub(crate) fn start_gate(&mut self) {
+        self.start_gate_with(&[]);
+    }
+
+    pub(crate) fn start_gate_with(&mut self, arguments: &[&str]) {
         let path = |name: &str| self.dir.path().join(name);
         let mut command = Command::new(env!("CARGO_BIN_EXE_turnpike-gate"));
         command
@@ -207,6 +211,7 @@ impl World {
             .arg(path("feed.sock"))
             .arg("--spool-dir")
             .arg(self.spool())
+            .args(arguments)
             .stdin(Stdio::null());
         self.gate = Some(self.node.run(|| command.spawn().unwrap()));
         eventually("the gate is ready", || {
