@@ -10,8 +10,9 @@ use std::{
 
 use turnpike_certs::{Authority, AuthorityError, ROOT_LIFETIME};
 
-/// Certificate and private key in one file, so that one rename creates both.
+/// The private key, then the certificate, in one file, so that one rename creates both.
 const ROOT: &str = "root-key.pem";
+const CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----";
 const LOCK: &str = "lock";
 
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +104,9 @@ impl StateDir {
             }
             Err(source) => return Err(RootError::Io { path, source }),
         };
-        Authority::from_pem(&text, &text).map_err(|source| RootError::Corrupt { path, source })
+        // The certificate is handed out as it stands here: nothing of the key may be with it.
+        let (key, certificate) = text.split_at(text.find(CERTIFICATE).unwrap_or(text.len()));
+        Authority::from_pem(certificate, key).map_err(|source| RootError::Corrupt { path, source })
     }
 }
 
@@ -197,7 +200,7 @@ mod tests {
         assert_eq!(mode & 0o7777, 0o600);
         let again = open(folder.path()).root("cluster.local", now).unwrap();
         assert_eq!(first.certificate_pem(), again.certificate_pem());
-        assert!(!first.certificate_pem().contains("PRIVATE"));
+        assert!(!again.certificate_pem().contains("PRIVATE"));
     }
 
     #[test]
@@ -217,7 +220,16 @@ mod tests {
         );
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         let text = fs::read_to_string(&path).unwrap();
-        for broken in ["", "nonsense", &text[..text.len() / 2]] {
+        let (key, certificate) = text.split_at(text.find(CERTIFICATE).unwrap());
+        let swapped = format!("{certificate}{key}");
+        for broken in [
+            "",
+            "nonsense",
+            &text[..text.len() / 2],
+            key,
+            certificate,
+            &swapped,
+        ] {
             fs::write(&path, broken).unwrap();
             let error = state.root("cluster.local", SystemTime::now()).unwrap_err();
             assert!(matches!(error, RootError::Corrupt { .. }), "{error}");
