@@ -81,7 +81,7 @@ impl HostName {
     pub fn is_below(&self, suffix: &Self) -> bool {
         self.0
             .strip_suffix(&*suffix.0)
-            .is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
+            .is_some_and(|rest| rest.ends_with('.'))
     }
 }
 

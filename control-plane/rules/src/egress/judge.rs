@@ -4,13 +4,11 @@
 //! wins. Without one, the rule that the attempt got furthest with gives the reason, and a policy
 //! in Audit mode lets it pass, marked.
 
-use std::sync::Arc;
-
 use super::{
     Connect, EgressPolicy, EgressProtocol, EgressRule, Grade, Mode, Reason, Request, Transport,
     Verdict,
 };
-use crate::{address, host::HostName, path, pod::PodEgress, route::PathMatch};
+use crate::{address, host::HostName, pod::PodEgress};
 
 /// How far an attempt got with a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -235,14 +233,13 @@ impl EgressRule {
         if rules.paths.is_empty() {
             return Step::Allowed;
         }
-        let second = path::lenient(request.path);
-        let fits = |pattern: &PathMatch| {
-            pattern.matches(request.path)
-                && second
-                    .as_deref()
-                    .is_none_or(|path| lenient(pattern).matches(path))
-        };
-        if rules.paths.iter().any(fits) {
+        // Patterns go by whole elements, so that what a path matches as it stands, it also matches
+        // in its lenient reading (`path::lenient`).
+        if rules
+            .paths
+            .iter()
+            .any(|pattern| pattern.matches(request.path))
+        {
             Step::Allowed
         } else {
             Step::Path
@@ -262,15 +259,6 @@ fn grade(connect: &Connect<'_>, rule: Option<&EgressRule>) -> Grade {
         _ if named => Grade::SniDns,
         _ if !connect.bound.is_empty() => Grade::DnsBound,
         _ => Grade::L3,
-    }
-}
-
-/// A pattern under the reading that [`path::lenient`] gives a path.
-fn lenient(pattern: &PathMatch) -> PathMatch {
-    let read = |text: &Arc<str>| path::lenient(text).map_or_else(|| text.clone(), Into::into);
-    match pattern {
-        PathMatch::Exact(text) => PathMatch::Exact(read(text)),
-        PathMatch::Prefix(text) => PathMatch::Prefix(read(text)),
     }
 }
 

@@ -501,8 +501,29 @@ mod properties {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::path;
 
     proptest! {
+        /// So it is enough to ask a pattern about the path as it stands.
+        #[test]
+        fn a_pattern_that_matches_a_path_matches_its_lenient_reading(
+            pattern in "(/[ab]{0,2}(;a)?(%3A)?){1,3}",
+            rest in "(/[ab;]{0,3}(%3A)?){0,3}",
+        ) {
+            let text = format!("{pattern}{rest}");
+            let second = path::lenient(&text).unwrap_or(text.clone());
+            for pattern in [PathMatch::prefix(&pattern), PathMatch::Exact(pattern.into())] {
+                let read = |t: &str| path::lenient(t).unwrap_or(t.to_owned());
+                let lenient = match &pattern {
+                    PathMatch::Exact(text) => PathMatch::Exact(read(text).into()),
+                    PathMatch::Prefix(text) => PathMatch::prefix(&read(text)),
+                };
+                if pattern.matches(&text) {
+                    prop_assert!(lenient.matches(&second), "{pattern:?} {text} {second}");
+                }
+            }
+        }
+
         /// Whatever is claimed: through a rule of hosts, a connection passes only to an address
         /// that this pod resolved for the very name it claims.
         #[test]
