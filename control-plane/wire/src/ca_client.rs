@@ -7,8 +7,8 @@ use std::{
 
 use tokio::time::{sleep, timeout};
 use turnpike_certs::{
-    CredentialStore, Credentials, InvalidCredentials, KeyRequest, LEAF_LIFETIME, RequestError,
-    renew_at,
+    CLOCK_SKEW, CredentialStore, Credentials, InvalidCredentials, KeyRequest, LEAF_LIFETIME,
+    RequestError, renew_at,
 };
 use turnpike_rules::Identity;
 
@@ -23,6 +23,8 @@ use crate::{
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How soon a changed root bundle is trusted.
 const ROOTS_INTERVAL: Duration = Duration::from_secs(10);
+/// The shortest pause between two certificates, however short they live.
+const RENEWAL_FLOOR: Duration = Duration::from_secs(1);
 const RETRY_BASE: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
@@ -119,7 +121,10 @@ pub async fn keep_fresh(controller: Controller, identity: Identity, store: Arc<C
 /// Waits until `current` must be replaced: it is due, or the roots have changed so that it no
 /// longer leads to one.
 async fn until_due(controller: &Controller, current: &Credentials, store: &CredentialStore) {
-    let due = renew_at(current.not_before(), current.not_after(), fastrand::f64());
+    // It was issued after its beginning, which allows for clocks that differ.
+    let issued = (current.not_before() + CLOCK_SKEW).min(current.not_after());
+    let due = renew_at(issued, current.not_after(), fastrand::f64());
+    let due = due.max(SystemTime::now() + RENEWAL_FLOOR);
     // In steps, since the clock may be set, and to see new roots.
     while let Ok(wait) = due.duration_since(SystemTime::now()) {
         sleep(wait.min(ROOTS_INTERVAL)).await;

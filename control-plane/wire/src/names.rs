@@ -136,7 +136,8 @@ mod tests {
         #[test]
         fn names_round_trip(c in LABEL, ns in LABEL, n in LABEL, view in LABEL, port in 1u16..) {
             let key = ServiceKey::new(&c, &ns, &n);
-            prop_assert_eq!(parse_service(&service(&key, None)), Some((key.clone(), None)));
+            let named = service(&key, None);
+            prop_assert_eq!(parse_service(&named), Some((key.clone(), None)));
             let named = service(&key, Some(&view));
             prop_assert_eq!(parse_service(&named), Some((key.clone(), Some(&*view))));
             let named = shard(&key, "7");
