@@ -71,7 +71,7 @@ macro_rules! kinds {
             pub const ALL: &[Self] = &[$(Self::$kind,)*];
 
             /// As in `kind:`.
-            pub fn as_str(self) -> String {
+            pub fn name(self) -> String {
                 match self {
                     $(Self::$kind => <$type as Resource>::kind(&()).into_owned(),)*
                 }
@@ -156,7 +156,7 @@ impl Kind {
         Self::ALL
             .iter()
             .copied()
-            .find(|known| known.as_str() == kind && known.api_version() == api_version)
+            .find(|known| known.name() == kind && known.api_version() == api_version)
     }
 }
 
@@ -229,7 +229,7 @@ fn resolve<'a>(root: &'a Value, schema: &'a Value) -> Option<&'a Value> {
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.as_str())
+        f.write_str(&self.name())
     }
 }
 
@@ -257,10 +257,7 @@ mod tests {
     #[test]
     fn kinds_are_found_by_what_a_document_says() {
         for kind in Kind::ALL {
-            assert_eq!(
-                Kind::parse(&kind.api_version(), &kind.as_str()),
-                Some(*kind)
-            );
+            assert_eq!(Kind::parse(&kind.api_version(), &kind.name()), Some(*kind));
         }
         assert_eq!(Kind::parse("v1", "Pod"), Some(Kind::Pod));
         assert_eq!(
