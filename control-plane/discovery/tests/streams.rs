@@ -303,15 +303,8 @@ async fn a_stalled_reader_holds_nobody_up_and_gets_the_latest_state() {
     reader.told().await;
     let mut last = String::new();
     for n in 0..3000 {
-        rig.apply(
-            Kind::Pod,
-            pod(
-                "web-0",
-                "node-a",
-                &format!("10.0.2.{}", n % 250),
-                n % 2 == 0,
-            ),
-        );
+        let address = format!("10.1.{}.{}", n / 250, n % 250);
+        rig.apply(Kind::Pod, pod("web-0", "node-a", &address, true));
         last = reader.told().await.0.remove(0).1;
     }
     let before = rig.discovery.counters();
@@ -379,4 +372,13 @@ async fn a_stop_tells_clients_to_go_elsewhere() {
         client.response().await.unwrap_err().code(),
         Code::Unavailable
     );
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_its_token() {
+    let rig = Rig::start().await;
+    let mut client = rig.client("shop/web/uid-web-1/node-a/0").await;
+    let status = client.response().await.unwrap_err();
+    assert_eq!(status.code(), Code::Unauthenticated);
+    assert!(status.message().contains("fresh"), "{}", status.message());
 }

@@ -28,14 +28,14 @@ const SERVER: &str = "turnpike-controller.turnpike-system.svc";
 /// Far beyond what anything here takes; reached only where something is lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub struct Rig {
-    pub discovery: Discovery,
+pub(crate) struct Rig {
+    pub(crate) discovery: Discovery,
     address: String,
     roots: TrustBundle,
 }
 
 impl Rig {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let settings = Settings {
             cluster: "cluster".into(),
             trust_domain: "cluster.local".into(),
@@ -58,13 +58,13 @@ impl Rig {
         }
     }
 
-    pub fn apply(&self, kind: Kind, value: Value) {
+    pub(crate) fn apply(&self, kind: Kind, value: Value) {
         let object = Object::deserialize(kind, value).unwrap();
         self.discovery.update(|model| model.apply(object));
     }
 
     /// Opens a stream as `namespace/account/pod-uid/node`.
-    pub async fn client(&self, caller: &str) -> Client {
+    pub(crate) async fn client(&self, caller: &str) -> Client {
         let config = controller_client_config(&self.roots, ALPN_GRPC);
         let channel = connect(&self.address, SERVER, config).await.unwrap();
         let (requests, stream) = mpsc::channel(64);
@@ -85,21 +85,21 @@ impl Rig {
     }
 }
 
-pub struct Client {
+pub(crate) struct Client {
     requests: mpsc::Sender<DeltaDiscoveryRequest>,
     responses: Streaming<DeltaDiscoveryResponse>,
 }
 
 impl Client {
-    pub async fn send(&self, request: DeltaDiscoveryRequest) {
+    pub(crate) async fn send(&self, request: DeltaDiscoveryRequest) {
         self.requests.send(request).await.unwrap();
     }
 
-    pub async fn subscribe(&self, kind: &str, names: &[&str]) {
+    pub(crate) async fn subscribe(&self, kind: &str, names: &[&str]) {
         self.send(subscription(kind, names, &[])).await;
     }
 
-    pub async fn unsubscribe(&self, kind: &str, names: &[&str]) {
+    pub(crate) async fn unsubscribe(&self, kind: &str, names: &[&str]) {
         let names = names.iter().map(|name| (*name).to_owned()).collect();
         let request = DeltaDiscoveryRequest {
             type_url: url(kind),
@@ -109,7 +109,7 @@ impl Client {
         self.send(request).await;
     }
 
-    pub async fn response(&mut self) -> Result<DeltaDiscoveryResponse, Status> {
+    pub(crate) async fn response(&mut self) -> Result<DeltaDiscoveryResponse, Status> {
         let message = timeout(PATIENCE, self.responses.message())
             .await
             .expect("no response");
@@ -117,7 +117,7 @@ impl Client {
     }
 
     /// The next response, acknowledged: names added with their versions, names removed.
-    pub async fn told(&mut self) -> (Vec<(String, String)>, Vec<String>) {
+    pub(crate) async fn told(&mut self) -> (Vec<(String, String)>, Vec<String>) {
         let response = self.response().await.unwrap();
         self.answer(&response, None).await;
         let added = response
@@ -128,12 +128,12 @@ impl Client {
         (added, response.removed_resources)
     }
 
-    pub async fn names(&mut self) -> (Vec<String>, Vec<String>) {
+    pub(crate) async fn names(&mut self) -> (Vec<String>, Vec<String>) {
         let (added, removed) = self.told().await;
         (added.into_iter().map(|(name, _)| name).collect(), removed)
     }
 
-    pub async fn answer(&self, response: &DeltaDiscoveryResponse, refusal: Option<&str>) {
+    pub(crate) async fn answer(&self, response: &DeltaDiscoveryResponse, refusal: Option<&str>) {
         let detail = refusal.map(|message| rpc::Status {
             code: 3,
             message: message.into(),
@@ -148,7 +148,7 @@ impl Client {
     }
 
     /// Proves that nothing else is on its way: a name that is asked for now is answered next.
-    pub async fn nothing_more(&mut self) {
+    pub(crate) async fn nothing_more(&mut self) {
         let probe = "default/192.0.2.254";
         self.subscribe("Address", &[probe]).await;
         let (added, removed) = self.names().await;
@@ -157,11 +157,11 @@ impl Client {
     }
 }
 
-pub fn url(kind: &str) -> String {
+pub(crate) fn url(kind: &str) -> String {
     format!("type.googleapis.com/turnpike.mesh.v1.{kind}")
 }
 
-pub fn subscription(
+pub(crate) fn subscription(
     kind: &str,
     names: &[&str],
     versions: &[(String, String)],
@@ -174,7 +174,7 @@ pub fn subscription(
     }
 }
 
-pub fn pod(name: &str, node: &str, address: &str, ready: bool) -> Value {
+pub(crate) fn pod(name: &str, node: &str, address: &str, ready: bool) -> Value {
     let ready = if ready { "True" } else { "False" };
     json!({
         "metadata": {
@@ -189,7 +189,7 @@ pub fn pod(name: &str, node: &str, address: &str, ready: bool) -> Value {
     })
 }
 
-pub fn service(name: &str, app: &str) -> Value {
+pub(crate) fn service(name: &str, app: &str) -> Value {
     json!({
         "metadata": {"name": name, "namespace": "shop"},
         "spec": {
@@ -210,7 +210,8 @@ fn authenticate(mut request: Request<()>) -> Result<Request<()>, Status> {
         .to_owned();
     let mut parts = text.split('/');
     let mut next = || parts.next().unwrap_or_default();
-    let identity = Identity::new("cluster.local", next(), next()).unwrap();
+    let (namespace, account) = (next(), next());
+    let identity = Identity::new("cluster.local", namespace, account).unwrap();
     let uid = next();
     let node = next();
     let caller = Caller {
@@ -220,7 +221,11 @@ fn authenticate(mut request: Request<()>) -> Result<Request<()>, Status> {
             uid: uid.into(),
         }),
         node: (!node.is_empty()).then(|| node.into()),
-        expires: None,
+        // A fifth part: seconds until the token ends.
+        expires: next()
+            .parse()
+            .ok()
+            .map(|seconds| std::time::SystemTime::now() + Duration::from_secs(seconds)),
     };
     request.extensions_mut().insert(Arc::new(caller));
     Ok(request)

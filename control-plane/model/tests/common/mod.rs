@@ -1,4 +1,5 @@
 //! Worlds of objects for tests.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::collections::BTreeMap;
 
@@ -6,7 +7,7 @@ use serde_json::{Value, json};
 use turnpike_api::{Kind, Object, ObjectKey};
 use turnpike_model::{Changes, Model, ResourceType, Settings};
 
-pub fn model() -> Model {
+pub(crate) fn model() -> Model {
     Model::new(Settings {
         cluster: "cluster".into(),
         trust_domain: "cluster.local".into(),
@@ -14,13 +15,12 @@ pub fn model() -> Model {
     })
 }
 
-pub fn object(kind: Kind, value: Value) -> Object {
+pub(crate) fn object(kind: Kind, value: Value) -> Object {
     Object::deserialize(kind, value).unwrap()
 }
 
 /// Objects from YAML documents, their kinds as they say.
-#[allow(dead_code, reason = "not every test file writes YAML")]
-pub fn objects(yaml: &str) -> Vec<Object> {
+pub(crate) fn objects(yaml: &str) -> Vec<Object> {
     let documents = yaml
         .split("\n---\n")
         .filter(|document| !document.trim().is_empty());
@@ -34,8 +34,7 @@ pub fn objects(yaml: &str) -> Vec<Object> {
         .collect()
 }
 
-#[allow(dead_code, reason = "not every test file writes YAML")]
-pub fn load(model: &mut Model, yaml: &str) -> Changes {
+pub(crate) fn load(model: &mut Model, yaml: &str) -> Changes {
     let mut changes = Changes::default();
     for object in objects(yaml) {
         changes.merge(model.apply(object));
@@ -43,12 +42,12 @@ pub fn load(model: &mut Model, yaml: &str) -> Changes {
     changes
 }
 
-pub fn key(kind: Kind, namespace: &str, name: &str) -> ObjectKey {
+pub(crate) fn key(kind: Kind, namespace: &str, name: &str) -> ObjectKey {
     ObjectKey::new(kind, namespace, name)
 }
 
 /// A resource in a form that can be compared, and read when it differs.
-pub fn resource(model: &Model, kind: ResourceType, name: &str) -> Option<String> {
+pub(crate) fn resource(model: &Model, kind: ResourceType, name: &str) -> Option<String> {
     Some(match kind {
         ResourceType::SelfConfig => format!("{:#?}", model.self_config(name)?),
         ResourceType::Address => format!("{:#?}", model.destination(name)?),
@@ -62,9 +61,9 @@ pub fn resource(model: &Model, kind: ResourceType, name: &str) -> Option<String>
     })
 }
 
-pub type World = BTreeMap<(ResourceType, String), String>;
+pub(crate) type World = BTreeMap<(ResourceType, String), String>;
 
-pub fn everything(model: &Model) -> World {
+pub(crate) fn everything(model: &Model) -> World {
     let mut world = World::new();
     for kind in ResourceType::ALL {
         for name in model.names(kind) {
@@ -78,7 +77,7 @@ pub fn everything(model: &Model) -> World {
 
 /// What a subscriber to everything would hold after being told of `changes` alone. A consumer's
 /// view that is the plain Service's is none.
-pub fn follow(model: &Model, world: &mut World, changes: &Changes) {
+pub(crate) fn follow(model: &Model, world: &mut World, changes: &Changes) {
     for (kind, name) in changes.iter() {
         let view = name.contains('@');
         let content = resource(model, kind, name)
@@ -92,24 +91,24 @@ pub fn follow(model: &Model, world: &mut World, changes: &Changes) {
 
 /// A pod with the fields that the model reads.
 #[derive(Clone, Debug)]
-pub struct PodSpec {
-    pub namespace: &'static str,
-    pub name: String,
-    pub uid: String,
-    pub labels: Value,
-    pub node: Option<String>,
-    pub address: Option<String>,
-    pub ready: bool,
-    pub terminating: bool,
-    pub meshed: bool,
-    pub host_network: bool,
-    pub phase: &'static str,
-    pub zone: Option<&'static str>,
-    pub port: u16,
+pub(crate) struct PodSpec {
+    pub(crate) namespace: &'static str,
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) labels: Value,
+    pub(crate) node: Option<String>,
+    pub(crate) address: Option<String>,
+    pub(crate) ready: bool,
+    pub(crate) terminating: bool,
+    pub(crate) meshed: bool,
+    pub(crate) host_network: bool,
+    pub(crate) phase: &'static str,
+    pub(crate) zone: Option<&'static str>,
+    pub(crate) port: u16,
 }
 
 impl PodSpec {
-    pub fn new(namespace: &'static str, name: &str, app: &str, address: &str) -> Self {
+    pub(crate) fn new(namespace: &'static str, name: &str, app: &str, address: &str) -> Self {
         Self {
             namespace,
             name: name.into(),
@@ -127,7 +126,7 @@ impl PodSpec {
         }
     }
 
-    pub fn object(&self) -> Object {
+    pub(crate) fn object(&self) -> Object {
         let init = if self.meshed {
             json!([{"name": "turnpike-proxy", "restartPolicy": "Always"}])
         } else {

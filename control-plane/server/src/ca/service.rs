@@ -189,7 +189,16 @@ fn timestamp(at: SystemTime) -> String {
 
 #[cfg(test)]
 mod tests {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    use proptest::prelude::*;
+    use turnpike_certs::{KeyRequest, ROOT_LIFETIME};
+    use turnpike_rules::Identity;
+
     use super::*;
+
+    fn identity() -> Identity {
+        Identity::new("cluster.local", "shop", "web").unwrap()
+    }
 
     #[test]
     fn lifetimes_are_capped() {
@@ -201,6 +210,49 @@ mod tests {
             (i64::MAX, LEAF_LIFETIME),
         ] {
             assert_eq!(lifetime(asked), expected, "{asked}");
+        }
+    }
+
+    /// A request with some of its bytes changed, cut or doubled, in proper PEM.
+    fn damaged(edits: &[(usize, u8)], keep: usize) -> String {
+        let pem = KeyRequest::new(&identity()).unwrap().csr_pem().to_owned();
+        let body: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+        let mut der = STANDARD.decode(body).unwrap();
+        for (at, byte) in edits {
+            let at = at % der.len();
+            der[at] = *byte;
+        }
+        der.truncate(keep.max(1));
+        let body = STANDARD.encode(der);
+        format!("-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n")
+    }
+
+    fn csr() -> impl Strategy<Value = String> {
+        let edits = proptest::collection::vec((any::<usize>(), any::<u8>()), 0..4);
+        prop_oneof![
+            any::<String>(),
+            (edits, 1..600usize).prop_map(|(edits, keep)| damaged(&edits, keep)),
+        ]
+    }
+
+    proptest! {
+        /// Whatever is asked: no panic, and no certificate but for the caller's own identity.
+        #[test]
+        fn no_request_breaks_the_ca(csr in csr(), validity_duration in any::<i64>()) {
+            let folder = tempfile::tempdir().unwrap();
+            let authority =
+                Authority::generate("cluster.local", ROOT_LIFETIME, SystemTime::now()).unwrap();
+            let journal = Journal::open(&folder.path().join("issued.jsonl")).unwrap();
+            let service =
+                CertificateService::new(Arc::new(authority), journal, Metrics::default());
+            let caller = Caller { identity: identity(), pod: None, node: None, expires: None };
+            let request = IstioCertificateRequest { csr, validity_duration, metadata: None };
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            if let Ok(issued) = runtime.block_on(service.issue(&caller, &request)) {
+                use rustls_pki_types::{CertificateDer, pem::PemObject};
+                let leaf = CertificateDer::from_pem_slice(issued.chain[0].as_bytes()).unwrap();
+                prop_assert_eq!(turnpike_certs::peer_identity(&leaf).unwrap(), identity());
+            }
         }
     }
 }
