@@ -140,16 +140,24 @@ fn end(owner: Process) -> Result<(), Error> {
     Ok(())
 }
 
-/// All of them, whatever happens to one; the first error is told.
+/// All at once, since each may have to wait for processes; the first error is told.
 fn remove_namespaces(record: &Record) -> Result<(), Error> {
-    let mut result = Ok(());
-    for name in &record.namespaces {
-        let removed = Namespace::handle(name).and_then(|namespace| namespace.remove(GRACE));
-        if result.is_ok() {
-            result = removed.map_err(Error::from);
-        }
-    }
-    result
+    let removed = thread::scope(|scope| {
+        let threads: Vec<_> = record
+            .namespaces
+            .iter()
+            .map(|name| scope.spawn(move || Namespace::handle(name)?.remove(GRACE)))
+            .collect();
+        let gone = |name: &str| Err(netns::Error::Panicked(name.into()));
+        let results = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| gone("?")));
+        results.collect::<Vec<_>>()
+    });
+    removed
+        .into_iter()
+        .collect::<Result<(), _>>()
+        .map_err(Error::from)
 }
 
 fn path(name: &str) -> Result<PathBuf, Error> {

@@ -220,10 +220,9 @@ mod tests {
         let base = World::new(&Spec::parse(DEFAULT).unwrap()).unwrap();
         let reach = Duration::from_secs(5);
         let world = |n: u64| {
-            Arc::new(World {
-                owner: n.to_string(),
-                ..base.clone()
-            })
+            let mut world = base.clone();
+            world.owner = n.to_string();
+            Arc::new(world)
         };
         let mut history = History::new(world(0), reach);
         for second in 1..=60 {

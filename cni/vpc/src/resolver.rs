@@ -146,15 +146,13 @@ impl Resolver {
         let mut response = Message::response(query.metadata.id, query.metadata.op_code);
         response.metadata = Metadata::response_from_request(&query.metadata);
         response.metadata.recursion_available = true;
-        match &query.queries[..] {
-            [question] if query.metadata.op_code == OpCode::Query => {
-                response.add_query(question.clone());
-                self.resolve(question, peer, &mut response);
-            }
-            [] | [..] if query.metadata.op_code != OpCode::Query => {
-                response.metadata.response_code = ResponseCode::NotImp;
-            }
-            _ => response.metadata.response_code = ResponseCode::FormErr,
+        if query.metadata.op_code != OpCode::Query {
+            response.metadata.response_code = ResponseCode::NotImp;
+        } else if let [question] = &query.queries[..] {
+            response.add_query(question.clone());
+            self.resolve(question, peer, &mut response);
+        } else {
+            response.metadata.response_code = ResponseCode::FormErr;
         }
         let mut room = 512;
         if let Some(edns) = &query.edns {

@@ -1,4 +1,5 @@
 //! Namespaces and the processes in them, on the real kernel. Needs root.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{fs, io::Read, net::TcpListener, path::Path, time::Duration};
 

@@ -66,7 +66,7 @@ pub(crate) async fn answer(
 }
 
 async fn call(
-    cloud: &Cloud,
+    cloud: &Arc<Cloud>,
     action: &str,
     head: &http::request::Parts,
     params: &Params,
@@ -85,7 +85,13 @@ async fn call(
         params.refuse_dry_run()?;
         return describe::answer(action, &cloud.described(), params, &|at| cloud.wall(at));
     }
-    mutate::answer(cloud, action, params).await
+    // In a task of its own: a caller that goes away must not stop a change halfway.
+    let (cloud, action, params) = (Arc::clone(cloud), action.to_owned(), params.clone());
+    let changed = tokio::spawn(async move { mutate::answer(&cloud, &action, &params).await });
+    changed.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a change failed");
+        Err(Refusal::internal())
+    })
 }
 
 fn status(refusal: &Refusal) -> u16 {

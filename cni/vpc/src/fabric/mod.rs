@@ -12,7 +12,7 @@ mod links;
 pub(crate) mod rules;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -67,6 +67,12 @@ pub enum Error {
 impl Error {
     /// The kernel says that what was to be deleted is not there.
     fn is_absence(&self) -> bool {
+        [libc::ESRCH, libc::ENOENT, libc::ENODEV]
+            .into_iter()
+            .any(|number| self.is(number))
+    }
+
+    fn is(&self, number: i32) -> bool {
         let Self::Netlink {
             source: rtnetlink::Error::NetlinkError(error),
             ..
@@ -74,10 +80,7 @@ impl Error {
         else {
             return false;
         };
-        matches!(
-            error.raw_code().abs(),
-            libc::ESRCH | libc::ENOENT | libc::ENODEV
-        )
+        error.raw_code().abs() == number
     }
 }
 
@@ -210,10 +213,15 @@ impl Fabric {
         self.load(script).await?;
         // Away before anew, so that an address that moves is never routed nowhere.
         for (id, port) in &changed {
-            self.route(id, port, false).await?;
+            if let Some(plugged) = self.plugged.get(id) {
+                self.delete_routes(plugged.index, &plugged.port, port)
+                    .await?;
+            }
         }
         for (id, port) in changed {
-            self.route(&id, &port, true).await?;
+            if let Some(plugged) = self.plugged.get(&id) {
+                self.add_routes(plugged.index, &port, &plugged.port).await?;
+            }
             if let Some(plugged) = self.plugged.get_mut(&id) {
                 plugged.port = port;
             }
@@ -260,15 +268,40 @@ impl Fabric {
             return Ok(());
         };
         let link = format!("{PORT}{}", self.next_link.fetch_add(1, Ordering::Relaxed));
-        let peer = Peer {
+        let peer = |link: String| Peer {
             namespace,
-            link: format!("eth{}", port.device),
+            link,
             mac: Some(port.mac),
             up: port.device == 0,
         };
-        let index = self.links.add_veth(&link, VPC_MTU, peer).await?;
-        let router = self.namespaces.router.clone();
-        let name = link.clone();
+        let own = peer(format!("eth{}", port.device));
+        let index = match self.links.add_veth(&link, VPC_MTU, own).await {
+            // The guest has given the name to something else: it gets the next free one.
+            Err(error) if error.is(libc::EEXIST) => {
+                self.links
+                    .add_veth(&link, VPC_MTU, peer("eth%d".into()))
+                    .await?
+            }
+            other => other?,
+        };
+        if let Err(error) = self.wire(&link, index, port).await {
+            self.links.delete(&link).await?;
+            return Err(error);
+        }
+        self.plugged.insert(
+            id.clone(),
+            Plugged {
+                link,
+                index,
+                port: port.clone(),
+            },
+        );
+        Ok(())
+    }
+
+    /// All that a link needs; the rules come last, and until they are there nothing passes.
+    async fn wire(&self, link: &str, index: u32, port: &Port) -> Result<(), Error> {
+        let (router, name) = (self.namespaces.router.clone(), link.to_owned());
         blocking(move || {
             // proxy_delay: an answer on behalf of a neighbour comes at once, as the fabric's does.
             router.sysctl(&format!("ipv4/neigh/{name}/proxy_delay"), "0")?;
@@ -296,30 +329,18 @@ impl Fabric {
                 .add_neighbour(index, first.into(), port.mac)
                 .await?;
         }
-        let mut script = String::new();
-        rules::open(&mut script, &link, port, self.spec.security_groups());
-        self.load(script).await?;
-        let empty = Port {
-            addresses: Default::default(),
-            ipv6: Default::default(),
+        let nothing = Port {
+            addresses: BTreeSet::new(),
+            ipv6: BTreeSet::new(),
             ..port.clone()
         };
-        self.plugged.insert(
-            id.clone(),
-            Plugged {
-                link,
-                index,
-                port: empty,
-            },
-        );
-        self.route(id, port, true).await?;
+        self.add_routes(index, port, &nothing).await?;
         if port.device == 0 {
             self.boot(port).await?;
         }
-        if let Some(plugged) = self.plugged.get_mut(id) {
-            plugged.port = port.clone();
-        }
-        Ok(())
+        let mut script = String::new();
+        rules::open(&mut script, link, port, self.spec.security_groups());
+        self.load(script).await
     }
 
     async fn unplug(&mut self, id: &InterfaceId) -> Result<(), Error> {
@@ -335,50 +356,19 @@ impl Fabric {
         Ok(())
     }
 
-    /// Adds the routes that `port` has and the plugged one lacks, or deletes the reverse.
-    async fn route(&self, id: &InterfaceId, port: &Port, add: bool) -> Result<(), Error> {
-        let Some(plugged) = self.plugged.get(id) else {
-            return Ok(());
-        };
-        let (from, than) = if add {
-            (port, &plugged.port)
-        } else {
-            (&plugged.port, port)
-        };
-        let v4 = rules::missing(&from.addresses, &than.addresses)
-            .into_iter()
-            .map(|address| {
-                (
-                    IpNet::from(Ipv4Net::from(address)),
-                    IpAddr::from(address),
-                    from.primary.into(),
-                )
-            });
-        let first = first6(from);
-        let v6 = rules::missing(&from.ipv6, &than.ipv6)
-            .into_iter()
-            .filter_map(|net| {
-                Some((
-                    IpNet::from(net),
-                    IpAddr::from(net.addr()),
-                    IpAddr::from(first?),
-                ))
-            });
-        let changes: Vec<(IpNet, IpAddr, IpAddr)> = v4.chain(v6).collect();
-        // The primary's own route first: the others lead through it.
-        let (own, others): (Vec<_>, Vec<_>) = changes
-            .into_iter()
-            .partition(|(_, address, primary)| address == primary);
-        for (net, address, primary) in own.into_iter().chain(others) {
-            let via = || match address == primary {
-                true => Via::Link(plugged.index),
-                false => Via::Neighbour(plugged.index, primary),
-            };
-            if add {
-                self.links.add_route(net, via()).await?;
-            } else {
-                self.links.delete_route(net, via()).await?;
-            }
+    /// Adds the routes that a port has and another lacks.
+    async fn add_routes(&self, link: u32, port: &Port, lacks: &Port) -> Result<(), Error> {
+        for (to, next) in routes(port, lacks) {
+            let via = next.map_or(Via::Link(link), |next| Via::Neighbour(link, next));
+            self.links.add_route(to, via).await?;
+        }
+        Ok(())
+    }
+
+    async fn delete_routes(&self, link: u32, port: &Port, keeps: &Port) -> Result<(), Error> {
+        for (to, next) in routes(port, keeps) {
+            let via = next.map_or(Via::Link(link), |next| Via::Neighbour(link, next));
+            self.links.delete_route(to, via).await?;
         }
         Ok(())
     }
@@ -446,6 +436,29 @@ fn quiet(namespace: &Namespace) -> Result<(), Error> {
         namespace.sysctl(&format!("ipv6/conf/{scope}/accept_ra"), "0")?;
     }
     Ok(())
+}
+
+/// Where to each address of `port` that `other` has not: over the link for the primary ones, which
+/// come first, and through those for the rest.
+fn routes(port: &Port, other: &Port) -> Vec<(IpNet, Option<IpAddr>)> {
+    let primaries = [Some(IpAddr::V4(port.primary)), first6(port).map(IpAddr::V6)];
+    let v4 = rules::missing(&port.addresses, &other.addresses);
+    let v6 = rules::missing(&port.ipv6, &other.ipv6);
+    let all = v4
+        .into_iter()
+        .map(|address| IpNet::from(Ipv4Net::from(address)));
+    let mut routes: Vec<_> = all
+        .chain(v6.into_iter().map(IpNet::from))
+        .map(|to| {
+            let next = primaries
+                .into_iter()
+                .flatten()
+                .find(|next| next.is_ipv4() == to.addr().is_ipv4());
+            (to, next.filter(|next| *next != to.addr()))
+        })
+        .collect();
+    routes.sort_by_key(|(_, next)| next.is_some());
+    routes
 }
 
 fn readdress(script: &mut String, plugged: &Plugged, port: &Port) {
