@@ -54,7 +54,7 @@ impl fmt::Display for ObjectKey {
 }
 
 macro_rules! kinds {
-    ($($kind:ident: $type:ty, $scope:literal;)*) => {
+    ($($kind:ident = $name:literal: $type:ty, $scope:literal;)*) => {
         /// One object as it was typed; shared, since sources and model both keep it.
         #[derive(Clone, Debug, PartialEq)]
         pub enum Object {
@@ -71,9 +71,9 @@ macro_rules! kinds {
             pub const ALL: &[Self] = &[$(Self::$kind,)*];
 
             /// As in `kind:`.
-            pub fn name(self) -> String {
+            pub fn as_str(self) -> &'static str {
                 match self {
-                    $(Self::$kind => <$type as Resource>::kind(&()).into_owned(),)*
+                    $(Self::$kind => $name,)*
                 }
             }
 
@@ -93,6 +93,13 @@ macro_rules! kinds {
         }
 
         impl Kind {
+            #[cfg(test)]
+            fn resource_kind(self) -> String {
+                match self {
+                    $(Self::$kind => <$type as Resource>::kind(&()).into_owned(),)*
+                }
+            }
+
             fn schema(self) -> Schema {
                 match self {
                     $(Self::$kind => schemars::schema_for!($type),)*
@@ -135,19 +142,19 @@ macro_rules! kinds {
 }
 
 kinds! {
-    Namespace: Namespace, "cluster";
-    ServiceAccount: ServiceAccount, "namespaced";
-    Service: Service, "namespaced";
-    EndpointSlice: EndpointSlice, "namespaced";
-    Pod: Pod, "namespaced";
-    HttpRoute: HttpRoute, "namespaced";
-    MeshConfig: MeshConfig, "cluster";
-    TrafficPolicy: TrafficPolicy, "namespaced";
-    AuthorizationPolicy: AuthorizationPolicy, "namespaced";
-    PeerAuthentication: PeerAuthentication, "namespaced";
-    EgressPolicy: EgressPolicy, "namespaced";
-    ClusterEgressPolicy: ClusterEgressPolicy, "cluster";
-    Telemetry: Telemetry, "namespaced";
+    Namespace = "Namespace": Namespace, "cluster";
+    ServiceAccount = "ServiceAccount": ServiceAccount, "namespaced";
+    Service = "Service": Service, "namespaced";
+    EndpointSlice = "EndpointSlice": EndpointSlice, "namespaced";
+    Pod = "Pod": Pod, "namespaced";
+    HttpRoute = "HTTPRoute": HttpRoute, "namespaced";
+    MeshConfig = "MeshConfig": MeshConfig, "cluster";
+    TrafficPolicy = "TrafficPolicy": TrafficPolicy, "namespaced";
+    AuthorizationPolicy = "AuthorizationPolicy": AuthorizationPolicy, "namespaced";
+    PeerAuthentication = "PeerAuthentication": PeerAuthentication, "namespaced";
+    EgressPolicy = "EgressPolicy": EgressPolicy, "namespaced";
+    ClusterEgressPolicy = "ClusterEgressPolicy": ClusterEgressPolicy, "cluster";
+    Telemetry = "Telemetry": Telemetry, "namespaced";
 }
 
 impl Kind {
@@ -156,7 +163,7 @@ impl Kind {
         Self::ALL
             .iter()
             .copied()
-            .find(|known| known.name() == kind && known.api_version() == api_version)
+            .find(|known| known.as_str() == kind && known.api_version() == api_version)
     }
 }
 
@@ -229,7 +236,7 @@ fn resolve<'a>(root: &'a Value, schema: &'a Value) -> Option<&'a Value> {
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name())
+        f.write_str(self.as_str())
     }
 }
 
@@ -257,7 +264,8 @@ mod tests {
     #[test]
     fn kinds_are_found_by_what_a_document_says() {
         for kind in Kind::ALL {
-            assert_eq!(Kind::parse(&kind.api_version(), &kind.name()), Some(*kind));
+            assert_eq!(kind.as_str(), kind.resource_kind());
+            assert_eq!(Kind::parse(&kind.api_version(), kind.as_str()), Some(*kind));
         }
         assert_eq!(Kind::parse("v1", "Pod"), Some(Kind::Pod));
         assert_eq!(

@@ -121,7 +121,7 @@ fn kind(value: &Value) -> Result<Kind, (&'static str, String)> {
         return Err(("apiVersion", "`apiVersion` is missing".to_owned()));
     };
     Kind::parse(version, name).ok_or_else(|| {
-        match Kind::ALL.iter().find(|kind| kind.name() == name) {
+        match Kind::ALL.iter().find(|kind| kind.as_str() == name) {
             Some(kind) => {
                 let allowed = kind.api_version();
                 (
