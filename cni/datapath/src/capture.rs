@@ -54,3 +54,21 @@ fn add<T: ToString>(text: &mut String, set: &str, items: impl IntoIterator<Item 
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_with_both_families_and_probes() {
+        let capture = Capture {
+            proxy_uid: 1337,
+            outbound_port: 15001,
+            inbound_port: 15006,
+            probe_ports: vec![8081, 8080, 8081],
+        };
+        let own = ["10.0.1.5", "fd00:1::5"].map(|it| it.parse().unwrap());
+        let node = ["10.0.1.10".parse().unwrap()];
+        insta::assert_snapshot!(render(&capture, &own, &node));
+    }
+}

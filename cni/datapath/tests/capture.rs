@@ -75,7 +75,7 @@ fn traffic_is_captured_where_it_should_be() {
         pod4(6).into(),
         pod6(6).into(),
     ] {
-        touch(&pod.netns, (to, 443).into()).unwrap();
+        touch(&pod.netns, (to, 443).into()).unwrap_or_else(|error| panic!("{to}: {error}"));
         assert_eq!(outbound.recv_timeout(wait).unwrap(), (to, 443).into());
     }
     for (to, seen) in [

@@ -4,8 +4,8 @@
 mod rig;
 
 use std::{
-    io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
 };
 
 use nix::unistd::setfsuid;
@@ -87,14 +87,13 @@ fn open_door(world: &World) {
 }
 
 fn serve(mut accepted: TcpStream, peer: SocketAddr) {
-    let Ok(mut dialled) = dial_as_gate(peer, accepted.local_addr().unwrap()) else {
-        return;
+    let to = accepted.local_addr().unwrap();
+    let mut dialled = match dial_as_gate(peer, to) {
+        Ok(dialled) => dialled,
+        Err(error) => return eprintln!("dialling {to} for {peer}: {error}"),
     };
-    let mut answer = Vec::new();
-    let mut start = [0; 64];
-    let length = dialled.read(&mut start).unwrap_or(0);
-    answer.extend(&start[..length]);
-    let _ = accepted.write_all(&answer);
+    dialled.shutdown(Shutdown::Write).unwrap();
+    let _ = io::copy(&mut dialled, &mut accepted);
 }
 
 fn scene(name: &str, snat: Option<Snat>) -> (World, Datapath, Vec<Pod>) {
@@ -160,6 +159,12 @@ fn translated_where_the_node_translates_and_still_the_gates() {
     // Inside the VPC, and in answer to a caller from beyond it, the pod has its own address.
     greet(&world.outside, ([10, 0, 1, 1], 80));
     assert_eq!(ask(&free.netns, ([10, 0, 1, 1], 80)).unwrap(), pod4(8));
+    // A Service's VIP is nobody's range; its endpoint is what counts.
+    world.node.nft(&[
+        "table ip proxy { chain pre { type nat hook prerouting priority dstnat; \
+         ip daddr 10.96.0.5 tcp dport 80 dnat to 10.0.1.1:80; }; }",
+    ]);
+    assert_eq!(ask(&free.netns, ([10, 96, 0, 5], 80)).unwrap(), pod4(8));
     greet(&free.netns, (ANY, 80));
     let caller = world.outside.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();

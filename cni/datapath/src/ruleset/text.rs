@@ -295,3 +295,105 @@ fn write_elements(text: &mut String, verb: &str, family: &str, set: &str, items:
 fn family_digit(address: IpAddr) -> char {
     if address.is_ipv4() { '4' } else { '6' }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Mac, PodPolicy, ruleset::elements::PodRules};
+    use turnpike_rules::pod::InboundPort;
+
+    fn base() -> Base {
+        Base {
+            primary_interface: "eth0".into(),
+            primary_address: [10, 0, 1, 10].into(),
+            interfaces: BTreeSet::from(["eth1".into()]),
+            tables: BTreeSet::from([2]),
+            direct: Some(vec![
+                "10.0.0.0/16".parse().unwrap(),
+                "10.1.0.0/16".parse().unwrap(),
+            ]),
+        }
+    }
+
+    fn pod() -> BTreeSet<Element> {
+        let inbound = vec![
+            InboundPort {
+                transport: Transport::Tcp,
+                port: 8443,
+            },
+            InboundPort {
+                transport: Transport::Udp,
+                port: 53,
+            },
+        ];
+        PodRules {
+            interface: "eni18582a65b10".into(),
+            mac: Mac([2, 0, 0, 0, 1, 5]),
+            addresses: vec!["10.0.1.5".parse().unwrap(), "fd00:1::5".parse().unwrap()],
+            table: Some(2),
+            policy: PodPolicy {
+                selected: true,
+                inbound,
+            },
+        }
+        .elements()
+    }
+
+    #[test]
+    fn the_node() {
+        insta::assert_snapshot!(base().render());
+    }
+
+    #[test]
+    fn the_node_that_does_not_translate() {
+        let base = Base {
+            direct: None,
+            ..base()
+        };
+        let tail: Vec<_> = base
+            .render()
+            .lines()
+            .rev()
+            .take(6)
+            .map(str::to_owned)
+            .collect();
+        insta::assert_snapshot!(tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+    }
+
+    #[test]
+    fn a_pod_comes() {
+        let delta = Delta {
+            added: pod().into_iter().collect(),
+            removed: Vec::new(),
+        };
+        insta::assert_snapshot!(render_delta(&delta, None));
+    }
+
+    #[test]
+    fn a_pod_goes() {
+        let delta = Delta {
+            removed: pod().into_iter().collect(),
+            added: Vec::new(),
+        };
+        insta::assert_snapshot!(render_delta(&delta, None));
+    }
+
+    #[test]
+    fn members_change_and_services_are_written_whole() {
+        let delta = Delta {
+            added: vec![
+                Element::Cluster([10, 0, 2, 7].into()),
+                Element::Service("10.96.0.0/16".parse().unwrap()),
+            ],
+            removed: vec![Element::Cluster([10, 0, 2, 6].into())],
+        };
+        let services = ["10.96.0.0/16", "10.96.128.0/17", "fd00:96::/108"];
+        let services = services.map(|range| range.parse().unwrap());
+        insta::assert_snapshot!(render_delta(&delta, Some(&services)));
+    }
+
+    #[test]
+    fn the_log_group_is_the_one_that_is_read() {
+        assert!(NODE.contains(&format!("log group {} ", marks::NFLOG_GROUP)));
+    }
+}

@@ -70,6 +70,8 @@ impl Namespace {
         std::thread::spawn(make).join().unwrap();
         let file = File::open(&path).unwrap();
         let namespace = Self(Arc::new(Mounted { path, file }));
+        // Duplicate address detection would hold every new link back for a second.
+        namespace.sysctl("ipv6/conf/default/accept_dad", "0");
         namespace.configure(|handle| async move {
             let lo = LinkMessageBuilder::<LinkUnspec>::new()
                 .index(1)

@@ -20,7 +20,7 @@ pub(crate) fn greet(namespace: &Namespace, at: impl Into<SocketAddr>) {
             let mut stream = stream.unwrap();
             let peer = stream.peer_addr().unwrap().ip().to_canonical();
             std::thread::spawn(move || {
-                let _ = write!(stream, "{peer}");
+                let _ = stream.write_all(peer.to_string().as_bytes());
                 // What the caller says is read, so that no reset hides it from the wire.
                 let _ = stream.set_read_timeout(Some(PATIENCE));
                 let _ = io::copy(&mut stream, &mut io::sink());
