@@ -1,6 +1,12 @@
 //! The composition: from bound sockets and configuration to a running gate, and its end.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, UdpSocket},
@@ -9,8 +15,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use turnpike_certs::CredentialStore;
+use turnpike_ledger::{Event, record::Verdict};
 use turnpike_rules::{
     Identity,
+    host::HostName,
     pod::{Members, PodEgress},
 };
 use turnpike_wire::{
@@ -32,8 +40,8 @@ use crate::{
     feed,
     listen::Sockets,
     metrics::Metrics,
-    spool::{SpoolConfig, StoreError, Writer},
-    state::{Owner, PodLimits, State},
+    spool::{Reader, SpoolConfig, StoreError, Writer, now_ms},
+    state::{Answer, Owner, PodLimits, State},
     upload::{self, UploadConfig},
 };
 
@@ -99,6 +107,7 @@ impl Gate {
         let (owner, state) = Owner::new(limits);
         let (writer, spool) =
             Writer::open(config.spool.clone(), credentials.clone(), metrics.clone()).await?;
+        owner.remember(answers_before(&config.spool.dir).await?);
         let writer_stop = CancellationToken::new();
         let writer = tokio::spawn(writer.run(writer_stop.clone()));
         let gate = Self {
@@ -265,4 +274,36 @@ impl Gate {
             tracing::error!(%error, "the record's writer failed");
         }
     }
+}
+
+/// Entries looked through for answers that still hold.
+const LOOK_BACK: u32 = 20_000;
+
+/// What pods were answered before this start and may still use, from the record.
+async fn answers_before(dir: &Path) -> Result<HashMap<String, Vec<Answer>>, StoreError> {
+    let records = Reader::open(dir).await?.newest(LOOK_BACK).await?;
+    let now = now_ms();
+    let mut answers: HashMap<String, Vec<Answer>> = HashMap::new();
+    // Oldest first, as they were given.
+    for record in records.into_iter().rev() {
+        let Event::Dns(lookup) = record.event else {
+            continue;
+        };
+        let given = Duration::from_secs(lookup.ttl_seconds);
+        let ago = Duration::from_millis(u64::try_from(now - record.time_ms).unwrap_or(0));
+        let (Some(left), Ok(name)) = (given.checked_sub(ago), HostName::parse(&lookup.name)) else {
+            continue;
+        };
+        if lookup.verdict == Verdict::Denied || lookup.pod.uid.is_empty() {
+            continue;
+        }
+        let (chain, addresses) = (lookup.answer_chain, lookup.addresses);
+        answers.entry(lookup.pod.uid).or_default().push(Answer {
+            name,
+            chain,
+            addresses,
+            left,
+        });
+    }
+    Ok(answers)
 }

@@ -178,3 +178,92 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::sync::CancellationToken;
+    use turnpike_certs::CredentialStore;
+    use turnpike_ledger::Record;
+
+    use super::*;
+    use crate::{
+        spool::{Reader, SpoolConfig, Writer},
+        state::PodLimits,
+    };
+
+    fn denied(source: Vec<u8>) -> FeedEvent {
+        let event = feed_event::Event::Denied(Denied {
+            time_ms: 0,
+            source,
+            destination: vec![203, 0, 113, 99],
+            protocol: 17,
+            source_port: 5555,
+            destination_port: 443,
+            interface: "eniaaa".into(),
+            count: 3,
+        });
+        FeedEvent { event: Some(event) }
+    }
+
+    #[tokio::test]
+    async fn refused_packets_are_recorded_for_the_pod_that_sent_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = SpoolConfig::new(dir.path(), "node-a");
+        let (writer, spool) = Writer::open(config, CredentialStore::empty(), Arc::default())
+            .await
+            .unwrap();
+        let (owner, state) = Owner::new(PodLimits::default());
+        let pod = LocalPod {
+            uid: "u1".into(),
+            namespace: "shop".into(),
+            name: "pay-0".into(),
+            container_id: "c1".into(),
+            addresses: vec![vec![10, 0, 1, 5]],
+            selected: true,
+            ..LocalPod::default()
+        };
+        let added = FeedEvent {
+            event: Some(feed_event::Event::Added(pod.clone())),
+        };
+        apply(added, &owner, &state, &spool);
+        let broken = LocalPod {
+            addresses: vec![vec![1, 2, 3]],
+            ..pod
+        };
+        let broken = FeedEvent {
+            event: Some(feed_event::Event::Added(broken)),
+        };
+        apply(broken, &owner, &state, &spool);
+        for source in [vec![10, 0, 1, 5], vec![10, 0, 1, 9], vec![1]] {
+            apply(denied(source), &owner, &state, &spool);
+        }
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        writer.run(cancel).await;
+
+        let entries = Reader::open(dir.path())
+            .await
+            .unwrap()
+            .after(0, 100)
+            .await
+            .unwrap();
+        let events: Vec<_> = entries
+            .iter()
+            .map(|entry| Record::decode(&entry.body).unwrap().event)
+            .collect();
+        let Event::Denied(first) = &events[1] else {
+            panic!("{events:?}")
+        };
+        assert_eq!(first.pod.as_ref().unwrap().name, "pay-0");
+        assert_eq!((first.protocol, first.count), (Protocol::Udp, 3));
+        let Event::Denied(stranger) = &events[2] else {
+            panic!("{events:?}")
+        };
+        assert_eq!(stranger.pod, None);
+        assert!(
+            events
+                .iter()
+                .any(|event| matches!(event, Event::Gap { entries: 1, .. }))
+        );
+    }
+}

@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -14,7 +15,10 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 use turnpike_ledger::record;
-use turnpike_rules::pod::{Members, PodEgress};
+use turnpike_rules::{
+    host::HostName,
+    pod::{Members, PodEgress},
+};
 
 use crate::{bucket::Bucket, dns::names::Names};
 
@@ -82,6 +86,22 @@ impl PodRuntime {
             )),
             names: Mutex::new(Names::new(limits.names)),
         })
+    }
+}
+
+impl PodRuntime {
+    fn recall(&self, answers: Vec<Answer>) {
+        let mut names = self.names.lock();
+        for Answer {
+            name,
+            chain,
+            addresses,
+            left,
+        } in answers
+        {
+            // As much as fits; the pod asks again for the rest.
+            let _ = names.learn(&name, &chain, &addresses, left, Instant::now());
+        }
     }
 }
 
@@ -204,6 +224,15 @@ pub struct PodInfo {
     pub selected: bool,
 }
 
+/// An answer that a pod was given before the gate restarted, and that it may still use.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub name: HostName,
+    pub chain: Vec<String>,
+    pub addresses: Vec<IpAddr>,
+    pub left: Duration,
+}
+
 /// The readers' end.
 #[derive(Clone, Debug)]
 pub struct State {
@@ -235,6 +264,8 @@ pub struct Owner {
 struct Inner {
     view: View,
     members: BTreeMap<String, Members>,
+    /// By pod uid: answers given before a restart, until the feed names the pod.
+    answers: HashMap<String, Vec<Answer>>,
     /// Addresses that the running start of the feed has repeated; None when it is not starting.
     repeated: Option<HashSet<IpAddr>>,
 }
@@ -256,6 +287,11 @@ impl Owner {
             }),
             state,
         )
+    }
+
+    /// Gives back to pods, by uid, what they were answered before a restart.
+    pub fn remember(&self, answers: HashMap<String, Vec<Answer>>) {
+        self.inner.lock().answers = answers;
     }
 
     /// Takes one change; readers see it when this returns.
@@ -312,7 +348,12 @@ impl Inner {
             .iter()
             .filter_map(|a| self.view.pods.get(a))
             .find(same);
-        let runtime = known.map_or_else(|| PodRuntime::new(limits), |pod| pod.runtime.clone());
+        let known = known.map(|pod| pod.runtime.clone());
+        let runtime = known.unwrap_or_else(|| {
+            let runtime = PodRuntime::new(limits);
+            runtime.recall(self.answers.remove(&uid).unwrap_or_default());
+            runtime
+        });
         let pod = Arc::new(Pod {
             uid: uid.into(),
             namespace: namespace.into(),

@@ -42,7 +42,8 @@ impl Names {
         }
     }
 
-    /// Notes an answer before it is given. Says whether it told the pod anything new.
+    /// Notes an answer before it is given. Says whether it told the pod anything new: an answer
+    /// whose TTL had passed is new again.
     pub fn learn(
         &mut self,
         name: &HostName,
@@ -63,7 +64,7 @@ impl Names {
             let known = self.by_address.entry(*address).or_default();
             match known.iter_mut().find(|resolved| resolved.name == *name) {
                 Some(resolved) => {
-                    news |= resolved.expires < now || resolved.chain != chain;
+                    news |= resolved.expires < now + GRACE || resolved.chain != chain;
                     resolved.expires = resolved.expires.max(expires);
                     resolved.chain = chain.to_vec();
                 }
