@@ -308,3 +308,193 @@ fn shown_option<S: Serializer>(
         None => serializer.serialize_none(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use http::{HeaderValue, Method, Uri, Version};
+    use serde_json::Value;
+    use turnpike_rules::{Identity, ServiceKey};
+
+    use super::*;
+    use crate::observe::{Flags, RefusalReason};
+
+    /// Output that the test reads, or holds up.
+    struct Pipe {
+        written: Arc<Mutex<Vec<u8>>>,
+        gate: Option<mpsc::Receiver<()>>,
+    }
+
+    impl Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            if let Some(gate) = &self.gate {
+                let _ = gate.recv();
+            }
+            self.written.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn log(gate: Option<mpsc::Receiver<()>>) -> (AccessLog, Arc<Mutex<Vec<u8>>>) {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let log = AccessLog::start(Pipe {
+            written: written.clone(),
+            gate,
+        })
+        .unwrap();
+        (log, written)
+    }
+
+    fn lines(written: &Mutex<Vec<u8>>) -> Vec<Value> {
+        let bytes = written.lock();
+        let text = std::str::from_utf8(&bytes).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    fn record<'a>(
+        http: Option<HttpRecord<'a>>,
+        service: Option<&'a ServiceKey>,
+    ) -> AccessRecord<'a> {
+        AccessRecord {
+            direction: Direction::Outbound,
+            http,
+            flags: Flags::CONNECT_FAILED,
+            details: Some("connect failed\r\n: \"refused\""),
+            duration: Duration::from_millis(12),
+            received: 5,
+            sent: 9,
+            downstream: "10.0.0.1:40000".parse().unwrap(),
+            original: "10.96.0.1:80".parse().unwrap(),
+            upstream: Some("10.0.0.2:8080".parse().unwrap()),
+            peer: None,
+            service,
+            route: Some("HTTPRoute shop/web rule 0"),
+            attempts: 2,
+            sni: None,
+        }
+    }
+
+    #[test]
+    fn a_request_is_one_line_with_envoys_names() {
+        let (log, written) = log(None);
+        let (method, uri) = (
+            Method::POST,
+            "http://pay/charge?x=1".parse::<Uri>().unwrap(),
+        );
+        let agent = HeaderValue::from_bytes(b"curl\xff\t{\"a\":1}").unwrap();
+        let id = HeaderValue::from_static("3f1c");
+        let service = ServiceKey::new("cluster", "bank", "pay");
+        let identity = Identity::new("cluster.local", "bank", "pay").unwrap();
+        let http = HttpRecord {
+            method: &method,
+            uri: &uri,
+            version: Version::HTTP_11,
+            host: Some("pay\r\nx: y"),
+            user_agent: Some(&agent),
+            request_id: Some(&id),
+            status: 503,
+            grpc_status: None,
+        };
+        let peer = Some(&identity);
+        log.record(&AccessRecord {
+            peer,
+            ..record(Some(http), Some(&service))
+        });
+        log.flush();
+        let lines = lines(&written);
+        assert_eq!(lines.len(), 1, "CR and LF from a peer do not end the line");
+        let line = &lines[0];
+        for (field, value) in [
+            ("method", "POST"),
+            ("path", "/charge?x=1"),
+            ("protocol", "HTTP/1.1"),
+            ("response_flags", "UF"),
+            ("response_code_details", "connect failed\r\n: \"refused\""),
+            ("authority", "pay\r\nx: y"),
+            ("request_id", "3f1c"),
+            ("upstream_host", "10.0.0.2:8080"),
+            (
+                "upstream_cluster",
+                "outbound|80||pay.bank.svc.cluster.local",
+            ),
+            ("downstream_remote_address", "10.0.0.1:40000"),
+            ("downstream_local_address", "10.96.0.1:80"),
+            ("route_name", "HTTPRoute shop/web rule 0"),
+            ("peer_principal", "spiffe://cluster.local/ns/bank/sa/pay"),
+            ("direction", "outbound"),
+        ] {
+            assert_eq!(line[field], value, "{field}");
+        }
+        assert_eq!(line["response_code"], 503);
+        assert_eq!(
+            (&line["bytes_received"], &line["bytes_sent"]),
+            (&5.into(), &9.into())
+        );
+        assert_eq!(
+            (&line["duration"], &line["attempts"]),
+            (&12.into(), &2.into())
+        );
+        let started = line["start_time"].as_str().unwrap();
+        OffsetDateTime::parse(started, &Rfc3339).unwrap();
+    }
+
+    #[test]
+    fn connections_and_refusals_have_lines_too() {
+        let (log, written) = log(None);
+        log.record(&record(None, None));
+        log.refused(&Refusal {
+            direction: Direction::Inbound,
+            reason: RefusalReason::Strict,
+            downstream: None,
+            original: None,
+            details: "plaintext to a STRICT port",
+        });
+        log.flush();
+        let lines = lines(&written);
+        assert_eq!(lines[0]["method"], Value::Null);
+        assert_eq!(lines[0]["upstream_cluster"], "PassthroughCluster");
+        assert_eq!(lines[1]["refused"], "strict");
+        assert_eq!(
+            lines[1]["response_code_details"],
+            "plaintext to a STRICT port"
+        );
+    }
+
+    #[test]
+    fn a_reader_that_stalls_costs_lines_not_memory() {
+        let (release, gate) = mpsc::channel();
+        let (log, written) = log(Some(gate));
+        let each = {
+            let mut line = Vec::new();
+            serde_json::to_writer(
+                &mut line,
+                &Line::new(&record(None, None), SystemTime::now()),
+            )
+            .unwrap();
+            line.len()
+        };
+        // Twice what the buffer and the batch in the writer's hands can take.
+        let logged = 4 * MAX_BUFFERED / each;
+        for _ in 0..logged {
+            log.record(&record(None, None));
+        }
+        assert!(log.dropped() > 0);
+        assert!(log.0.buffer.lock().bytes.len() <= MAX_BUFFERED);
+        drop(release);
+        log.flush();
+        log.flush();
+        let kept = lines(&written).len() as u64;
+        assert_eq!(
+            kept + log.dropped(),
+            logged as u64,
+            "each line is written or counted"
+        );
+    }
+}

@@ -158,7 +158,11 @@ fn counters(
 ) -> fmt::Result {
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (labels, value) in series {
-        family.encode_family(labels)?.encode_counter(value, NONE)?;
+        if labels.is_empty() {
+            family.encode_counter(value, NONE)?;
+        } else {
+            family.encode_family(labels)?.encode_counter(value, NONE)?;
+        }
     }
     Ok(())
 }
@@ -167,4 +171,225 @@ fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64
     encoder
         .encode_descriptor(name, help, None, MetricType::Gauge)?
         .encode_gauge(&value)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use turnpike_rules::{Identity, ServiceKey};
+
+    use super::*;
+    use crate::{
+        observe::{Direction, Flags, HttpOutcome, Labels, RefusalReason},
+        telemetry::{labels::Own, metrics::MAX_SERIES},
+    };
+
+    fn metrics() -> Arc<Metrics> {
+        Metrics::new(Own {
+            workload: "web".into(),
+            namespace: "shop".into(),
+            principal: "spiffe://cluster.local/ns/shop/sa/web".into(),
+            cluster: "cluster".into(),
+        })
+    }
+
+    fn labels(direction: Direction, peer: &str) -> Labels {
+        Labels {
+            direction,
+            peer: Some(Identity::new("cluster.local", "bank", peer).unwrap()),
+            service: Some(ServiceKey::new("cluster", "bank", "pay")),
+            passthrough: false,
+            grpc: false,
+            mutual_tls: true,
+        }
+    }
+
+    fn outcome(status: u16, ms: u64) -> HttpOutcome {
+        HttpOutcome {
+            status,
+            grpc_status: None,
+            flags: Flags::NONE,
+            duration: Duration::from_millis(ms),
+            request_bytes: 0,
+            response_bytes: 0,
+        }
+    }
+
+    fn exposed(metrics: &Arc<Metrics>) -> String {
+        text(
+            metrics,
+            3,
+            Gauges {
+                connected: true,
+                refused_updates: 2,
+                certificate_expiry: 77,
+            },
+        )
+    }
+
+    #[track_caller]
+    fn line<'a>(text: &'a str, name: &str, labels: &[&str]) -> &'a str {
+        text.lines()
+            .find(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))
+            .unwrap_or_else(|| panic!("no {name} with {labels:?} in\n{text}"))
+    }
+
+    #[test]
+    fn requests_are_told_in_istios_words() {
+        let metrics = metrics();
+        let outbound = metrics.http(&labels(Direction::Outbound, "pay"));
+        outbound.finished(&outcome(200, 3));
+        outbound.finished(&outcome(200, 700));
+        let flags = Flags::CONNECT_FAILED.with(Flags::RETRY_LIMIT);
+        outbound.finished(&HttpOutcome {
+            flags,
+            ..outcome(503, 1)
+        });
+        metrics
+            .http(&labels(Direction::Inbound, "front"))
+            .finished(&outcome(404, 2));
+
+        let text = exposed(&metrics);
+        let source = r#"reporter="source",source_workload="web",source_canonical_service="web""#;
+        let ok = line(
+            &text,
+            "istio_requests_total",
+            &[source, r#"response_code="200""#],
+        );
+        assert!(ok.ends_with(" 2"), "{ok}");
+        for label in [
+            r#"source_workload_namespace="shop""#,
+            r#"source_principal="spiffe://cluster.local/ns/shop/sa/web""#,
+            r#"destination_workload="pay""#,
+            r#"destination_workload_namespace="bank""#,
+            r#"destination_principal="spiffe://cluster.local/ns/bank/sa/pay""#,
+            r#"destination_service="pay.bank.svc.cluster.local""#,
+            r#"destination_service_name="pay""#,
+            r#"destination_service_namespace="bank""#,
+            r#"request_protocol="http""#,
+            r#"grpc_response_status="""#,
+            r#"response_flags="-""#,
+            r#"connection_security_policy="unknown""#,
+        ] {
+            assert!(ok.contains(label), "{label} is missing in {ok}");
+        }
+        let failed = [r#"response_code="503""#, r#"response_flags="UF,URX""#];
+        assert!(line(&text, "istio_requests_total", &failed).ends_with(" 1"));
+        let inbound = [
+            r#"reporter="destination""#,
+            r#"source_workload="front""#,
+            r#"destination_workload="web""#,
+            r#"connection_security_policy="mutual_tls""#,
+        ];
+        assert!(line(&text, "istio_requests_total", &inbound).ends_with(" 1"));
+        assert!(text.contains("# TYPE istio_requests counter"), "{text}");
+
+        let duration = "istio_request_duration_milliseconds";
+        let of = |suffix: &str, le: &str| {
+            let labels = [source, r#"response_code="200""#, le];
+            let line = line(&text, &format!("{duration}_{suffix}"), &labels);
+            line.rsplit_once(' ').unwrap().1.to_owned()
+        };
+        assert_eq!(of("count", ""), "2");
+        assert_eq!(of("sum", ""), "703.0");
+        assert_eq!(of("bucket", r#"le="1.0""#), "0");
+        assert_eq!(of("bucket", r#"le="5.0""#), "1");
+        assert_eq!(of("bucket", r#"le="1000.0""#), "2");
+        assert_eq!(of("bucket", r#"le="+Inf""#), "2");
+    }
+
+    #[test]
+    fn connections_are_told_in_istios_words() {
+        let metrics = metrics();
+        let tcp = metrics.tcp(&labels(Direction::Outbound, "db"));
+        tcp.opened();
+        tcp.transferred(10, 200);
+        tcp.transferred(1, 2);
+        tcp.closed(Flags::UPSTREAM_RESET);
+        let text = exposed(&metrics);
+        let value = |name: &str, flags: &str| {
+            let labels = [r#"request_protocol="tcp""#, flags];
+            line(&text, name, &labels)
+                .rsplit_once(' ')
+                .unwrap()
+                .1
+                .to_owned()
+        };
+        let none = r#"response_flags="-""#;
+        assert_eq!(value("istio_tcp_received_bytes_total", none), "11");
+        assert_eq!(value("istio_tcp_sent_bytes_total", none), "202");
+        assert_eq!(value("istio_tcp_connections_opened_total", none), "1");
+        assert_eq!(value("istio_tcp_connections_closed_total", none), "0");
+        assert_eq!(
+            value(
+                "istio_tcp_connections_closed_total",
+                r#"response_flags="UR""#
+            ),
+            "1"
+        );
+    }
+
+    #[test]
+    fn the_proxys_own_state_is_told() {
+        let metrics = metrics();
+        metrics.refused(Direction::Inbound, RefusalReason::Strict);
+        metrics.refused(Direction::Inbound, RefusalReason::Strict);
+        let text = exposed(&metrics);
+        for expected in [
+            "turnpike_refused_total{direction=\"inbound\",reason=\"strict\"} 2\n",
+            "turnpike_access_log_dropped_total 3\n",
+            "turnpike_updates_refused_total 2\n",
+            "turnpike_controller_connected 1\n",
+            "turnpike_certificate_expiry_timestamp_seconds 77\n",
+        ] {
+            assert!(text.contains(expected), "{expected} is missing in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn a_million_peers_are_a_bounded_number_of_series() {
+        let metrics = metrics();
+        let total = MAX_SERIES + 500;
+        for peer in 0..total {
+            let series = metrics.http(&labels(Direction::Inbound, &format!("p{peer}")));
+            series.finished(&outcome(200, 1));
+            series.finished(&outcome(200, 1));
+        }
+        let series = metrics.http_series();
+        assert_eq!(series.len(), MAX_SERIES + 1);
+        let counted: u64 = series.iter().map(|(_, cell)| cell.count).sum();
+        assert_eq!(counted, 2 * total as u64, "and none is lost");
+        let text = exposed(&metrics);
+        let overflow = line(&text, "istio_requests_total", &[r#"overflow="true""#]);
+        assert!(overflow.ends_with(" 1000"), "{overflow}");
+    }
+
+    #[test]
+    fn a_handle_that_meets_many_endings_counts_them_all() {
+        let metrics = metrics();
+        let series = metrics.http(&labels(Direction::Outbound, "pay"));
+        for status in 200..260 {
+            series.finished(&outcome(status, 1));
+            series.finished(&outcome(status, 1));
+        }
+        let all = metrics.http_series();
+        assert_eq!(all.len(), 60);
+        assert!(all.iter().all(|(_, cell)| cell.count == 2));
+    }
+
+    /// A label's value cannot break out of its quotes.
+    #[test]
+    fn values_are_escaped() {
+        let metrics = metrics();
+        let mut odd = labels(Direction::Outbound, "pay");
+        odd.service = Some(ServiceKey::new("cluster", "bank", "x\"} 1\nevil 1"));
+        metrics.http(&odd).finished(&outcome(200, 1));
+        assert!(
+            !exposed(&metrics)
+                .lines()
+                .any(|line| line.starts_with("evil"))
+        );
+    }
 }

@@ -370,3 +370,144 @@ fn finish_status(
         span.set_status(Status::error(record.details.unwrap_or_default().to_owned()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+    const SPAN: &str = "b7ad6b7169203331";
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        let pairs = pairs.iter().map(|(name, value)| {
+            (
+                HeaderName::from_static(name),
+                HeaderValue::from_str(value).unwrap(),
+            )
+        });
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(name, value);
+        }
+        headers
+    }
+
+    fn tracing() -> Tracing {
+        Tracing::new(SdkTracerProvider::builder().build())
+    }
+
+    fn w3c(flags: &str) -> String {
+        format!("00-{TRACE}-{SPAN}-{flags}")
+    }
+
+    #[test]
+    fn the_callers_decision_is_kept() {
+        let tracing = tracing();
+        let mut sampled = headers(&[("traceparent", &w3c("01"))]);
+        assert!(
+            tracing
+                .begin(Direction::Inbound, &mut sampled, 0.0)
+                .is_some()
+        );
+        let next = sampled["traceparent"].to_str().unwrap();
+        assert!(
+            next.starts_with(&format!("00-{TRACE}-")) && next.ends_with("-01"),
+            "{next}"
+        );
+        assert!(!next.contains(SPAN), "the next one's parent is our span");
+
+        let mut not = headers(&[("traceparent", &w3c("00"))]);
+        assert!(tracing.begin(Direction::Inbound, &mut not, 1.0).is_none());
+        assert_eq!(
+            not["traceparent"],
+            w3c("00").as_str(),
+            "and its headers are as they were"
+        );
+    }
+
+    #[test]
+    fn without_a_caller_the_share_decides_for_the_whole_trace() {
+        let tracing = tracing();
+        let mut none = HeaderMap::new();
+        assert!(tracing.begin(Direction::Outbound, &mut none, 0.0).is_none());
+        let decided = none["traceparent"].to_str().unwrap();
+        assert!(decided.ends_with("-00"), "{decided}");
+        assert!(read_w3c(decided).is_some());
+        assert!(
+            tracing
+                .begin(Direction::Outbound, &mut HeaderMap::new(), 1.0)
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn b3_is_understood_and_kept_in_step() {
+        let tracing = tracing();
+        let mut single = headers(&[("b3", &format!("{TRACE}-{SPAN}-1"))]);
+        assert!(
+            tracing
+                .begin(Direction::Inbound, &mut single, 0.0)
+                .is_some()
+        );
+        let next = single["b3"].to_str().unwrap();
+        assert!(
+            next.starts_with(TRACE) && next.ends_with("-1") && !next.contains(SPAN),
+            "{next}"
+        );
+        assert!(single["traceparent"].to_str().unwrap().contains(TRACE));
+
+        let short = "8448eb211c80319c";
+        let mut multi = headers(&[
+            ("x-b3-traceid", short),
+            ("x-b3-spanid", SPAN),
+            ("x-b3-sampled", "1"),
+        ]);
+        assert!(tracing.begin(Direction::Inbound, &mut multi, 0.0).is_some());
+        assert_eq!(multi["x-b3-traceid"], format!("{short:0>32}").as_str());
+        assert_ne!(multi["x-b3-spanid"], SPAN);
+
+        let mut not = headers(&[("b3", &format!("{TRACE}-{SPAN}-0"))]);
+        assert!(tracing.begin(Direction::Inbound, &mut not, 1.0).is_none());
+
+        // Both: W3C decides.
+        let other = "11111111111111111111111111111111";
+        let mut both = headers(&[
+            ("traceparent", &w3c("01")),
+            ("b3", &format!("{other}-{SPAN}-0")),
+        ]);
+        assert!(tracing.begin(Direction::Inbound, &mut both, 0.0).is_some());
+        assert!(both["b3"].to_str().unwrap().starts_with(TRACE));
+    }
+
+    #[test]
+    fn malformed_contexts_are_as_good_as_none() {
+        let zero = "0".repeat(32);
+        for bad in [
+            String::new(),
+            "00".to_owned(),
+            format!("00-{TRACE}-{SPAN}"),
+            format!("ff-{TRACE}-{SPAN}-01"),
+            format!("00-{TRACE}-{SPAN}-01-more"),
+            format!("00-{zero}-{SPAN}-01"),
+            format!("00-{TRACE}-{}-01", "0".repeat(16)),
+            format!("00-{}-{SPAN}-01", TRACE.to_uppercase()),
+            format!("00-{TRACE}-{SPAN}-1"),
+        ] {
+            assert_eq!(read_w3c(&bad), None, "{bad}");
+        }
+        // A later version may say more.
+        assert!(read_w3c(&format!("01-{TRACE}-{SPAN}-01-more")).is_some());
+        let twice = headers(&[("traceparent", &w3c("01")), ("traceparent", &w3c("01"))]);
+        assert_eq!(Parent::read(&twice), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_read_without_a_panic(value in "[ -~]{0,80}") {
+            let mut headers = headers(&[("traceparent", &value), ("b3", &value)]);
+            let _ = tracing().begin(Direction::Inbound, &mut headers, 0.5);
+        }
+    }
+}

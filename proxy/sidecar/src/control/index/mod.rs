@@ -18,6 +18,9 @@ use turnpike_wire::{ads::Subscription, names, resource::Resource};
 use super::change::Change;
 use crate::mesh::{EndpointView, Lookup, ServiceView, ServiceWatch};
 
+#[cfg(test)]
+mod tests;
+
 /// What nobody has asked for in this time is evicted.
 pub(super) const IDLE: Duration = Duration::from_secs(300);
 /// Questions of one type that are open or were answered "no such thing". Past it the oldest that
