@@ -169,7 +169,6 @@ fn snapshot(egress: &[PodEgress], sent: &mut BTreeSet<String>) -> DeltaDiscovery
                 type_url: PodEgress::TYPE_URL.into(),
                 value: egress.encode(),
             }),
-            ..Default::default()
         })
         .collect();
     let names: BTreeSet<_> = resources

@@ -252,6 +252,25 @@ fn plaintext_http_is_judged_request_by_request() {
         "the kernel's count is the server's"
     );
 
+    assert_eq!(world.unrecorded(), 0);
+}
+
+#[test]
+fn plaintext_that_two_servers_could_read_in_two_ways_is_not_sent_on() {
+    let world = world("ways");
+    let pod = &world.pods[0];
+    let to = at("203.0.113.66:80");
+    let partner = outside::http(&world.outside, to);
+    ask(pod, at(DNS), "partner.example", RecordType::A).unwrap();
+    let answer = exchange(
+        pod,
+        to,
+        b"GET / HTTP/1.1\r\nHost: partner.example\r\nConnection: close\r\n\r\n",
+    );
+    assert!(
+        answer.starts_with("HTTP/1.1 200"),
+        "the rig works: {answer}"
+    );
     let before = partner.bytes();
     for (name, request, status) in [
         (
@@ -459,4 +478,46 @@ fn what_cannot_be_recorded_does_not_leave() {
         world.report().noted_gaps > 0,
         "what was not recorded is counted"
     );
+}
+
+#[test]
+fn many_connections_at_once_all_pass_and_all_are_on_record() {
+    const EACH: usize = 25;
+    let world = world("many");
+    let web = web();
+    let payments = outside::tls(&world.outside, at("203.0.113.66:443"), &web);
+    for pod in &world.pods {
+        ask(pod, at(DNS), "api.payments.example", RecordType::A).unwrap();
+    }
+    std::thread::scope(|scope| {
+        for n in 0..8 {
+            let (pod, web) = (&world.pods[n % 2], &web);
+            scope.spawn(move || {
+                for _ in 0..EACH {
+                    let to = at("203.0.113.66:443");
+                    let mut stream = tls(pod, to, "api.payments.example", true, web).unwrap();
+                    stream.write_all(b"ping").unwrap();
+                    let mut pong = [0; 4];
+                    stream.read_exact(&mut pong).unwrap();
+                    assert_eq!(&pong, b"ping");
+                }
+            });
+        }
+    });
+    let closed = |event: &Event| match event {
+        Event::Closed(closed) => Some((closed.bytes_out, closed.end)),
+        _ => None,
+    };
+    eventually("all are closed on record", || {
+        world.events().iter().filter_map(closed).count() == 8 * EACH
+    });
+    let sent: u64 = world
+        .events()
+        .iter()
+        .filter_map(closed)
+        .map(|(out, _)| out)
+        .sum();
+    assert_eq!(sent, payments.bytes(), "the record's sum is what arrived");
+    assert!(world.report().holds());
+    assert_eq!(world.unrecorded(), 0);
 }
