@@ -8,13 +8,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
+use turnpike_detect::Detection;
 
 /// A byte stream of either kind.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
@@ -86,12 +87,20 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Rewind<T> {
 /// What [`first_flight`] ended with.
 #[derive(Debug)]
 pub(crate) enum Flight {
-    Detected(turnpike_detect::Detection),
+    Detected(Detection),
     /// The client sent nothing at all in the time given.
     Silent,
     /// It began something and did not finish it in time.
     Slow,
     Closed,
+}
+
+/// A post-quantum ClientHello fits.
+const FIRST_READ: usize = 2048;
+
+/// Waits until there is something to read, without reading it; false at the end of the stream.
+pub(crate) async fn speaks(stream: &TcpStream) -> bool {
+    matches!(stream.peek(&mut [0]).await, Ok(1..))
 }
 
 /// Reads until the protocol is known. `silence` bounds the wait for a first byte, `head` the rest.
@@ -100,22 +109,22 @@ pub(crate) async fn first_flight(
     silence: Duration,
     head: Duration,
 ) -> (Bytes, Flight) {
-    let mut read = bytes::BytesMut::new();
-    match timeout(silence, stream.readable()).await {
+    let mut read = BytesMut::with_capacity(FIRST_READ);
+    // Not `readable()`, which may say so of a socket that was just accepted and has nothing.
+    match timeout(silence, stream.read_buf(&mut read)).await {
         Err(_) => return (Bytes::new(), Flight::Silent),
-        Ok(Err(_)) => return (Bytes::new(), Flight::Closed),
-        Ok(Ok(())) => {}
+        Ok(Ok(1..)) => {}
+        Ok(Ok(0) | Err(_)) => return (Bytes::new(), Flight::Closed),
     }
     let detect = async {
         loop {
-            read.reserve(2048);
-            match stream.read_buf(&mut read).await {
-                Ok(0) | Err(_) => return Flight::Closed,
-                Ok(_) => {}
-            }
             match turnpike_detect::detect(&read) {
-                turnpike_detect::Detection::NeedMore => {}
+                Detection::NeedMore => {}
                 decided => return Flight::Detected(decided),
+            }
+            read.reserve(FIRST_READ);
+            if !matches!(stream.read_buf(&mut read).await, Ok(1..)) {
+                return Flight::Closed;
             }
         }
     };

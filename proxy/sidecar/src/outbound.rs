@@ -28,7 +28,7 @@ use crate::{
         headers::{self, Checked},
         upgrade::Asked,
     },
-    io::{Flight, Rewind, connect, first_flight, prepare},
+    io::{Flight, Rewind, connect, first_flight, prepare, speaks},
     mesh::Lookup,
     observe::{Direction, Flags, Labels, Refusal, RefusalReason},
     pool::Circuit,
@@ -366,8 +366,8 @@ async fn learn_server_first(client: &TcpStream, server: &mut crate::tls::Upstrea
     };
     tokio::select! {
         biased;
-        _ = client.readable() => {}
-        readable = server.readable() => port.server_first.set(readable.is_ok()),
+        _ = speaks(client) => {}
+        first = speaks(server) => port.server_first.set(first),
     }
 }
 

@@ -215,7 +215,9 @@ impl<'a> Tries<'a> {
         if inside == Inside::Http1 {
             parts.version = Version::HTTP_11;
         }
-        let resend = !upgrade && plan.may_resend(to.has_mesh_peers());
+        // A stream can be refused after all of it was sent.
+        let tells = inside == Inside::Http2 || to.has_mesh_peers();
+        let resend = !upgrade && plan.may_resend(tells);
         let keep =
             (plan.attempts > 0 && resend).then_some(worker.shared.config.bounds.replay_bytes);
         let (body, source) = RequestBody::new(body, &exchange.received, keep);

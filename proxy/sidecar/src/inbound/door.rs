@@ -16,7 +16,7 @@ use turnpike_wire::names::{ServerName, parse_sni};
 use super::{Caller, reset};
 use crate::{
     capture::is_loop,
-    io::{Flight, Rewind, first_flight, prepare},
+    io::{Flight, Rewind, first_flight, prepare, speaks},
     observe::{Direction, Refusal, RefusalReason},
     tls::{Inside, MESH_ALPN},
     worker::Worker,
@@ -118,8 +118,8 @@ impl Caller {
         };
         let client_speaks = tokio::select! {
             biased;
-            _ = stream.readable() => true,
-            _ = app.readable() => false,
+            _ = speaks(&stream) => true,
+            _ = speaks(&app) => false,
         };
         if client_speaks {
             drop(app);
@@ -137,9 +137,13 @@ impl Caller {
             Flight::Detected(detection) => detection,
             Flight::Closed if read.is_empty() => return,
             Flight::Closed => Detection::Opaque,
-            Flight::Slow if read.first() != Some(&0x16) => Detection::Opaque,
+            // Declared opaque bytes may begin as slowly as they like, but for mesh TLS.
+            Flight::Slow if opaque(self.declared(&config)) && read.first() != Some(&0x16) => {
+                Detection::Opaque
+            }
             Flight::Slow | Flight::Silent => {
-                let details = "nothing, or half a TLS handshake, arrived in the time for it";
+                let details = "nothing, half a TLS handshake or half a request line arrived in \
+                               the time for it; send it whole, or declare the port as TCP";
                 return self.refuse((RefusalReason::Slow, details.into()));
             }
         };

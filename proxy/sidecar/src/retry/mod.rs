@@ -40,7 +40,8 @@ impl<'a> Plan<'a> {
     }
 
     /// Whether a try that was sent may have to be sent again, so that what was sent must be kept.
-    pub(crate) fn may_resend(&self, mesh_peer: bool) -> bool {
+    /// `tells`: the far side may say that it did not process what it got.
+    pub(crate) fn may_resend(&self, tells: bool) -> bool {
         let Self {
             attempts,
             conditions,
@@ -53,7 +54,7 @@ impl<'a> Plan<'a> {
             grpc,
             non_idempotent: _,
         } = conditions;
-        *attempts > 0 && (mesh_peer || *idempotent || !statuses.is_empty() || !grpc.is_empty())
+        *attempts > 0 && (tells || *idempotent || !statuses.is_empty() || !grpc.is_empty())
     }
 
     /// Whether a try that failed may be repeated. `reused`: on a connection that had served

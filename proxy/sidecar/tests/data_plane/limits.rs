@@ -1,0 +1,233 @@
+//! Circuit limits, timeouts, and the end of the proxy.
+
+use std::time::Duration;
+
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use tokio::sync::watch;
+use turnpike_rules::{service::Protocol, traffic::CircuitBreaker};
+
+use crate::{
+    apps::{Body, empty, full, get, http1, http2, read, serve},
+    world::{Pair, Setup, Sidecar, Trust, web},
+};
+
+/// An application that answers when the gate opens.
+async fn gated() -> (std::net::SocketAddr, watch::Sender<bool>) {
+    let (open, gate) = watch::channel(false);
+    let address = serve(move |_: Request<hyper::body::Incoming>| {
+        let mut gate = gate.clone();
+        async move {
+            let _ = gate.wait_for(|open| *open).await;
+            Response::new(full("done"))
+        }
+    })
+    .await;
+    (address, open)
+}
+
+fn caller(address: std::net::SocketAddr, circuit: CircuitBreaker) -> Sidecar {
+    let caller = Setup::caller().start(&Trust::new());
+    let mut view = web(&[(address, None)]);
+    view.service.traffic.circuit = circuit;
+    caller.known.set_service(view);
+    caller
+}
+
+async fn in_flight(caller: &Sidecar, count: u32) {
+    while caller.plane.open_connections().1 < count {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // The connection is open; its request follows at once.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+#[tokio::test]
+async fn requests_over_the_limit_are_answered_at_once() {
+    let (app, open) = gated().await;
+    let caller = caller(
+        app,
+        CircuitBreaker {
+            max_requests: 1,
+            ..CircuitBreaker::default()
+        },
+    );
+    let outbound = caller.outbound();
+    let first = tokio::spawn(async move { get(outbound, "/").await });
+    in_flight(&caller, 1).await;
+    let (status, body) = get(outbound, "/").await;
+    assert_eq!(status, 503);
+    assert!(body.contains("limit of 1 requests"), "{body}");
+    assert_eq!(caller.seen.line(0).await.flags, "UO");
+    open.send_replace(true);
+    assert_eq!(first.await.unwrap(), (200, "done".into()));
+    assert_eq!(get(outbound, "/").await.0, 200, "its place is free again");
+}
+
+#[tokio::test]
+async fn requests_wait_for_connections_up_to_the_limit() {
+    let (app, open) = gated().await;
+    let limits = CircuitBreaker {
+        max_connections: 1,
+        max_pending: 1,
+        max_requests: 100,
+    };
+    let caller = caller(app, limits);
+    let outbound = caller.outbound();
+    let first = tokio::spawn(async move { get(outbound, "/1").await });
+    in_flight(&caller, 1).await;
+    let second = tokio::spawn(async move { get(outbound, "/2").await });
+    in_flight(&caller, 2).await;
+    let (status, body) = get(outbound, "/3").await;
+    assert_eq!(status, 503);
+    assert!(body.contains("limit of 1 waiting requests"), "{body}");
+    open.send_replace(true);
+    assert_eq!(first.await.unwrap().0, 200);
+    assert_eq!(second.await.unwrap().0, 200);
+}
+
+#[tokio::test]
+async fn timeouts_answer_in_the_terms_of_the_request() {
+    let (app, _open) = gated().await;
+    let pair = Pair::with(app, |view| {
+        view.service.traffic.timeouts.request = Some(Duration::from_millis(200));
+    });
+    let (status, body) = get(pair.caller.outbound(), "/").await;
+    assert_eq!(status, 504, "{body}");
+    assert_eq!(pair.caller.seen.line(0).await.flags, "UT");
+    let request = Request::post("http://a/").header("content-type", "application/grpc+proto");
+    let request = request.body(empty()).unwrap();
+    let response = http2(pair.caller.outbound())
+        .await
+        .send(request)
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            response.status().as_u16(),
+            &response.headers()["grpc-status"]
+        ),
+        (200, &"4".parse().unwrap())
+    );
+}
+
+#[tokio::test]
+async fn a_try_that_takes_too_long_is_given_up_for_another() {
+    let (slow, _open) = gated().await;
+    let fast =
+        serve(|_: Request<hyper::body::Incoming>| async { Response::new(full("fast")) }).await;
+    let caller = Setup::caller().start(&Trust::new());
+    let mut view = web(&[(slow, None), (fast, None)]);
+    view.service.traffic.timeouts.per_try = Some(Duration::from_millis(200));
+    view.service.traffic.retry.conditions.reset = true;
+    caller.known.set_service(view);
+    for _ in 0..10 {
+        assert_eq!(get(caller.outbound(), "/").await, (200, "fast".into()));
+    }
+}
+
+#[tokio::test]
+async fn a_response_that_never_ends_ends_with_its_timeout() {
+    let app = serve(|_: Request<hyper::body::Incoming>| async {
+        let first = futures_util::stream::iter([Ok(hyper::body::Frame::data("x".into()))]);
+        let endless = futures_util::StreamExt::chain(first, futures_util::stream::pending());
+        Response::new(http_body_util::StreamBody::new(endless).boxed_unsync_to_sync())
+    })
+    .await;
+    let caller = Setup::caller().start(&Trust::new());
+    let mut view = web(&[(app, None)]);
+    view.service.traffic.timeouts.request = Some(Duration::from_millis(300));
+    caller.known.set_service(view);
+    let request = Request::get("/").header("host", "a").body(empty()).unwrap();
+    let response = http1(caller.outbound()).await.send(request).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(
+        response.into_body().collect().await.is_err(),
+        "cut, not ended"
+    );
+    assert_eq!(caller.seen.line(0).await.flags, "UT");
+}
+
+trait Boxed {
+    fn boxed_unsync_to_sync(self) -> Body;
+}
+
+impl<B> Boxed for B
+where
+    B: hyper::body::Body<Data = bytes::Bytes, Error = std::convert::Infallible>
+        + Send
+        + Sync
+        + 'static,
+{
+    fn boxed_unsync_to_sync(self) -> Body {
+        self.boxed()
+    }
+}
+
+#[tokio::test]
+async fn a_drain_lets_requests_finish_and_takes_no_more() {
+    let (app, open) = gated().await;
+    let pair = Pair::with(app, |view| {
+        view.service.ports[0].protocol = Protocol::Http1;
+    });
+    let outbound = pair.caller.outbound();
+    let running = tokio::spawn(async move { get(outbound, "/").await });
+    while pair.callee.plane.open_connections().0 == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let inbound = pair.callee.inbound();
+    let drained = tokio::spawn(pair.callee.plane.drain(Duration::from_secs(20)));
+    let refused = async {
+        while tokio::net::TcpStream::connect(inbound).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), refused)
+        .await
+        .unwrap();
+    assert!(!drained.is_finished());
+    open.send_replace(true);
+    assert_eq!(running.await.unwrap(), (200, "done".into()));
+    tokio::time::timeout(Duration::from_secs(10), drained)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_drain_closes_idle_connections_and_outlasts_none() {
+    let app = serve(|_: Request<hyper::body::Incoming>| async { Response::new(full("x")) }).await;
+    let pair = Pair::new(app);
+    for address in [pair.caller.outbound(), pair.callee.inbound()] {
+        assert_eq!(http1(address).await.get("/").await.0, 200);
+    }
+    let client = http2(pair.callee.inbound()).await;
+    assert_eq!(client.get("/").await.0, 200);
+    tokio::time::timeout(
+        Duration::from_secs(10),
+        pair.callee.plane.drain(Duration::from_secs(60)),
+    )
+    .await
+    .expect("nothing was left to wait for");
+}
+
+#[tokio::test]
+async fn outbound_stays_until_the_applications_last_connection_and_is_cut_at_the_deadline() {
+    let app = serve(|_: Request<hyper::body::Incoming>| async { Response::new(full("x")) }).await;
+    let pair = Pair::new(app);
+    let mut client = http1(pair.caller.outbound()).await;
+    assert_eq!(client.get("/").await.0, 200);
+    let outbound = pair.caller.outbound();
+    let drained = tokio::spawn(pair.caller.plane.drain(Duration::from_secs(2)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(client.get("/").await.0, 200, "still served");
+    assert_eq!(get(outbound, "/").await.0, 200, "a last call of its own");
+    tokio::time::timeout(Duration::from_secs(10), drained)
+        .await
+        .unwrap()
+        .unwrap();
+    let request = Request::get("/").header("host", "a").body(empty()).unwrap();
+    assert!(client.send(request).await.is_err(), "cut");
+    let _ = read;
+}

@@ -1,0 +1,15 @@
+//! The data plane with real sockets, real TLS and real HTTP on loopback.
+//!
+//! A caller's sidecar and a callee's stand for two pods. Nothing redirects here, so each listener
+//! is told the one destination it stands for; an endpoint of the mesh is the callee's inbound
+//! listener.
+
+mod apps;
+mod bounds;
+mod http;
+mod identity;
+mod limits;
+mod policy;
+mod retries;
+mod tcp;
+mod world;

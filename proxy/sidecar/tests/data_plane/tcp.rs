@@ -1,0 +1,136 @@
+//! Opaque bytes: through the mesh, past it, and when the server speaks first.
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use turnpike_rules::service::Protocol;
+use turnpike_sidecar::observe::RefusalReason;
+
+use crate::{
+    apps::{exchange, nowhere, raw, to_end},
+    world::{Pair, Setup, Trust, identity},
+};
+
+/// Greets before anything is asked, then echoes.
+async fn server_first() -> std::net::SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                stream.write_all(b"220 hello\r\n").await.unwrap();
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    address
+}
+
+async fn converse(address: std::net::SocketAddr) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let mut greeting = [0; 11];
+    stream.read_exact(&mut greeting).await.unwrap();
+    assert_eq!(&greeting, b"220 hello\r\n");
+    stream.write_all(b"EHLO x\r\n").await.unwrap();
+    stream.shutdown().await.unwrap();
+    assert_eq!(to_end(&mut stream).await, "EHLO x\r\n");
+}
+
+#[tokio::test]
+async fn servers_may_speak_first_declared_or_not() {
+    let app = server_first().await;
+    for protocol in [Protocol::Detect, Protocol::Tcp] {
+        let pair = Pair::with(app, |view| view.service.ports[0].protocol = protocol);
+        for _ in 0..3 {
+            converse(pair.caller.outbound()).await;
+        }
+        let line = pair.callee.seen.line(0).await;
+        assert_eq!(
+            (line.received, line.sent, line.peer),
+            (8, 19, Some(identity("caller")))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_caller_without_a_sidecar_may_wait_for_the_server() {
+    let pair = Pair::new(server_first().await);
+    converse(pair.callee.inbound()).await;
+}
+
+#[tokio::test]
+async fn a_mesh_peer_that_is_slow_to_begin_is_not_taken_for_plaintext() {
+    let (app, connections) = raw(b"unexpected").await;
+    let trust = Trust::new();
+    let callee = Setup::callee("web", app).start(&trust);
+    let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(400)).await;
+    // A ClientHello whose server name is another pod's.
+    let hello = crate::bounds::client_hello("p80.other.shop.cluster.svc.turnpike", "turnpike/tcp");
+    stream.write_all(&hello).await.unwrap();
+    assert_eq!(to_end(&mut stream).await, "");
+    callee.seen.refusal(RefusalReason::ServerName).await;
+    let _ = connections;
+}
+
+#[tokio::test]
+async fn unknown_destinations_are_passed_through() {
+    let app = server_first().await;
+    let caller = Setup {
+        outbound_to: app,
+        ..Setup::caller()
+    }
+    .start(&Trust::new());
+    converse(caller.outbound()).await;
+    let tcp = caller
+        .seen
+        .wait(|recorded| recorded.tcp.get(2).map(|_| recorded.tcp.clone()))
+        .await;
+    assert_eq!(tcp, ["opened", "8/19", "closed -"]);
+}
+
+#[tokio::test]
+async fn an_unreachable_destination_fails_at_once() {
+    let nowhere = nowhere().await;
+    let caller = Setup {
+        outbound_to: nowhere,
+        ..Setup::caller()
+    }
+    .start(&Trust::new());
+    assert_eq!(exchange(caller.outbound(), b"x").await, "");
+    let tcp = caller
+        .seen
+        .wait(|recorded| recorded.tcp.get(1).map(|_| recorded.tcp.clone()))
+        .await;
+    assert_eq!(tcp, ["opened", "closed UF"]);
+}
+
+#[tokio::test]
+async fn the_applications_own_tls_is_not_touched() {
+    let (app, _) = raw(b"\x15\x03\x03\0\x02\x02\x28").await;
+    let pair = Pair::new(app);
+    let hello = crate::bounds::client_hello("web.shop", "h2");
+    let answer = exchange(pair.caller.outbound(), &hello).await;
+    assert_eq!(answer.as_bytes()[0], 0x15, "the application's own alert");
+    pair.callee
+        .set_own(|own| own.mtls = turnpike_rules::workload::MtlsMode::Strict);
+    assert_eq!(exchange(pair.callee.inbound(), &hello).await, "");
+    pair.callee.seen.refusal(RefusalReason::Strict).await;
+}
+
+#[tokio::test]
+async fn a_loop_is_closed() {
+    let caller = Setup {
+        outbound_to: "127.0.0.1:15006".parse().unwrap(),
+        inbound_to: "127.0.0.1:15001".parse().unwrap(),
+        ..Setup::caller()
+    };
+    let caller = caller.start(&Trust::new());
+    for address in [caller.outbound(), caller.inbound()] {
+        assert_eq!(exchange(address, b"GET / HTTP/1.1\r\n\r\n").await, "");
+    }
+    caller.seen.refusal(RefusalReason::Loop).await;
+}
