@@ -1,6 +1,10 @@
 //! The composition: everything is made here, in the order in which it must stand.
 
-use std::{fs, io, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -122,6 +126,9 @@ async fn start<C: Cloud>(
         stop,
     });
     restore::restore(&node).await?;
+    // What the journal knows serves pods, whether or not EC2 can be heard.
+    let known = node.store.read(|pool| pool.enis().count() > 0);
+    node.warmed.store(known, Ordering::Release);
     restore::bury(&node).await.map_err(io("tombstones"))?;
     Ok(node)
 }

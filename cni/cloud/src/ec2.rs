@@ -13,7 +13,8 @@ use aws_sdk_ec2::{
     error::{ProvideErrorMetadata, SdkError},
     types::{
         AttachmentStatus, Filter, InstanceType, NetworkInterface,
-        NetworkInterfaceAttachmentChanges, ResourceType, Tag, TagSpecification,
+        NetworkInterfaceAttachmentChanges, NetworkInterfaceStatus, ResourceType, Tag,
+        TagSpecification,
     },
 };
 use parking_lot::Mutex;
@@ -442,6 +443,7 @@ fn read_interface(
             .collect(),
         primary,
         secondary,
+        available: interface.status() == Some(&NetworkInterfaceStatus::Available),
         attachment: interface.attachment().and_then(read_attachment),
         tags: tags.collect(),
     })

@@ -134,6 +134,8 @@ pub struct Interface {
     pub groups: Vec<String>,
     pub primary: Ipv4Addr,
     pub secondary: Vec<Ipv4Addr>,
+    /// False while EC2 makes it: it cannot be attached yet.
+    pub available: bool,
     pub attachment: Option<Attachment>,
     pub tags: BTreeMap<String, String>,
 }

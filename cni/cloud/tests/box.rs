@@ -176,7 +176,7 @@ async fn an_interface_from_birth_to_death(
     assert_eq!(made.id, again.id, "one token makes one interface");
     assert_eq!(made.secondary.len(), 3);
     let tag = "tag:node.k8s.amazonaws.com/instance_id";
-    wait(cloud, &made.id, |it| it.attachment.is_none()).await;
+    wait(cloud, &made.id, |it| it.available).await;
     let by_tag = cloud.interfaces(&[(tag, &instance.id)]).await.unwrap();
     assert_eq!(by_tag.len(), 1);
 

@@ -10,13 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Eni, EniId, Moment, Pool, Record,
-    pool::{Address, Interface, Open, Slot, count},
+    pool::{Address, Interface, SHRINK_PAUSE, Slot, count},
 };
 
 /// An interface younger than this is kept: it was made for a burst that may go on.
 const ENI_MIN_AGE: Duration = Duration::from_secs(60);
-/// At most one step down in this time, so that a pod that restarts costs no calls.
-const SHRINK_PAUSE: Duration = Duration::from_secs(30);
 /// An interface that hangs on nothing is not one just being attached after this long.
 const LEAKED_AFTER: Duration = Duration::from_secs(300);
 
@@ -107,7 +105,7 @@ impl Pool {
         now: Moment,
         log: &mut Vec<Record>,
     ) -> Option<Intent> {
-        if !self.fits(&action) {
+        if !self.fits(&action, now) {
             return None;
         }
         if matches!(action, Action::Unassign { .. } | Action::Delete { .. }) {
@@ -197,30 +195,33 @@ impl Pool {
         }
     }
 
-    /// What EC2 has just assigned. An address that is somebody's already, by the kernel, is not
-    /// for the next pod.
+    /// What EC2 has just assigned. What the pool knows already stays as it is: the outcome of a
+    /// call can be half on record, and an address of it have cooled since. One that is somebody's,
+    /// by the kernel, is not for the next pod.
     fn gain(&mut self, eni: EniId, gained: Vec<Ipv4Addr>, now: Moment, log: &mut Vec<Record>) {
+        let known = |address: &Ipv4Addr| {
+            let interface = self.enis.get(&eni);
+            interface.is_some_and(|interface| interface.addresses.contains_key(address))
+        };
         let (strays, free): (Vec<_>, Vec<_>) = gained
             .into_iter()
+            .filter(|address| !known(address))
             .partition(|address| self.watch.strays.contains(address));
         if !strays.is_empty() {
-            let until = now + self.config.cooldown;
             let record = Record::Quarantined {
                 eni: eni.clone(),
                 addresses: strays,
-                until,
+                until: now + self.config.cooldown,
             };
             self.commit(record, log);
         }
         if !free.is_empty() {
-            self.commit(
-                Record::Gained {
-                    eni,
-                    addresses: free,
-                    at: now,
-                },
-                log,
-            );
+            let record = Record::Gained {
+                eni,
+                addresses: free,
+                at: now,
+            };
+            self.commit(record, log);
         }
     }
 
@@ -284,10 +285,18 @@ impl Pool {
                 left = left.saturating_sub(count);
             }
         }
-        let creating = |open: &&Open| matches!(open.intent.action, Action::Create { .. });
-        let used = count(self.enis.values())
-            + count(self.intents.values().filter(creating))
-            + self.watch.unmanaged;
+        let creating: Vec<u32> = self
+            .intents
+            .values()
+            .filter_map(|open| open.creating())
+            .collect();
+        // What is being attached takes more once it is there: that is cheaper than another one.
+        let coming: u32 = creating
+            .iter()
+            .map(|count| per_eni.saturating_sub(*count))
+            .sum();
+        left = left.saturating_sub(coming);
+        let used = count(self.enis.values()) + count(creating.iter()) + self.watch.unmanaged;
         for _ in used..self.max_enis() {
             let count = if whole { per_eni } else { per_eni.min(left) };
             if left > 0 && count > 0 {
@@ -395,24 +404,25 @@ impl Pool {
             .any(|open| open.intent.action.eni() == Some(eni))
     }
 
-    fn fits(&self, action: &Action) -> bool {
+    fn fits(&self, action: &Action, now: Moment) -> bool {
         match action {
             Action::Assign { eni, .. } | Action::Reclaim { eni, .. } => self
                 .enis
                 .get(eni)
                 .is_some_and(|interface| !interface.leaving),
             Action::Create { .. } => true,
-            Action::Unassign { eni, addresses } => {
-                let free = |address: &Ipv4Addr| {
-                    let state = self.enis.get(eni)?.addresses.get(address)?;
-                    Some(matches!(state.slot, Slot::Free { .. }))
+            Action::Unassign { eni, addresses } => self.enis.get(eni).is_some_and(|interface| {
+                let idle = |address| {
+                    let state: Option<&Address> = interface.addresses.get(address);
+                    state.is_some_and(|state| state.free_since(now).is_some())
                 };
-                addresses.iter().all(|address| free(address) == Some(true))
-            }
+                addresses.iter().all(idle)
+            }),
             Action::Delete { eni } => match self.enis.get(eni) {
                 Some(interface) => {
+                    let mut states = interface.addresses.values();
                     !interface.eni.is_primary()
-                        && interface.leased() == 0
+                        && states.all(|state| state.free_since(now).is_some())
                         && !self.leases.values().any(|lease| lease.eni == *eni)
                 }
                 None => self.watch.unattached.contains_key(eni),

@@ -11,8 +11,12 @@ use std::{
 };
 
 use crate::{
-    Attachment, Config, Counts, Eni, EniId, Holder, Intent, IntentId, Lease, Moment, Record,
+    Action, Attachment, Config, Counts, Eni, EniId, Holder, Intent, IntentId, Lease, Moment, Record,
 };
+
+/// At most one step down in this time, and none right after a start, so that a pod or an agent that
+/// restarts costs no calls.
+pub(crate) const SHRINK_PAUSE: Duration = Duration::from_secs(30);
 
 /// No address is allocatable now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +125,16 @@ impl Address {
     }
 }
 
+impl Open {
+    /// Addresses that the interface begins with which it makes, if it makes one.
+    pub(crate) fn creating(&self) -> Option<u32> {
+        match self.intent.action {
+            Action::Create { addresses } => Some(addresses),
+            _ => None,
+        }
+    }
+}
+
 impl Interface {
     /// Pods may get its addresses.
     pub(crate) fn usable(&self) -> bool {
@@ -207,6 +221,7 @@ impl Pool {
     /// Starts a process on this machine's boot `id`. Times of another boot say nothing now, so
     /// what cooled then cools from now.
     pub fn boot(&mut self, id: &str, now: Moment, log: &mut Vec<Record>) {
+        self.pace.shrink_after = now + SHRINK_PAUSE;
         if self.boot.as_deref() != Some(id) {
             self.commit(
                 Record::Boot {
@@ -378,6 +393,11 @@ impl Pool {
     pub(crate) fn commit(&mut self, record: Record, log: &mut Vec<Record>) {
         self.apply(&record);
         log.push(record);
+    }
+
+    /// True while EC2 is left in peace, see [`Pool::hold_growth`].
+    pub fn is_held(&self, now: Moment) -> bool {
+        now < self.pace.grow_after
     }
 
     /// EC2 refused or failed: ask for no more before `delay` is over.

@@ -64,14 +64,14 @@ struct Handled {
 }
 
 impl World {
-    fn new(seed: u8, targets: Targets) -> Self {
+    fn new(seed: [u8; 32], targets: Targets) -> Self {
         let config = Config {
             limits: LIMITS,
             targets,
             cooldown: Duration::from_secs(30),
         };
         let mut world = Self {
-            rng: TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]),
+            rng: TestRng::from_seed(RngAlgorithm::ChaCha, &seed),
             now: Moment(1_000_000),
             config,
             ec2: BTreeMap::new(),
@@ -580,7 +580,7 @@ fn intent_eni(intent: &Intent) -> Option<&EniId> {
     }
 }
 
-fn live_through(seed: u8, targets: Targets, operations: u32) {
+fn live_through(seed: [u8; 32], targets: Targets, operations: u32) {
     let mut world = World::new(seed, targets);
     for n in 0..operations {
         world.step();
@@ -622,8 +622,8 @@ fn a_hundred_thousand_operations_lose_and_double_nothing() {
         minimum_addresses: Some(3),
         ..by_interface
     };
-    live_through(7, by_interface, OPERATIONS / 2);
-    live_through(8, by_address, OPERATIONS / 2);
+    live_through([7; 32], by_interface, OPERATIONS / 2);
+    live_through([8; 32], by_address, OPERATIONS / 2);
 }
 
 proptest! {
@@ -631,7 +631,7 @@ proptest! {
 
     #[test]
     fn any_seed_and_any_targets_hold(
-        seed: u8,
+        seed: [u8; 32],
         warm_enis in 0u32..3,
         warm_addresses in proptest::option::of(0u32..6),
         minimum_addresses in proptest::option::of(0u32..8),

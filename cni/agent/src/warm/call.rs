@@ -33,8 +33,11 @@ enum CallError {
     Link(#[from] DatapathError),
     #[error("{0} after {STATE_CHANGE:?}")]
     Slow(&'static str),
-    #[error("the pool has no such interface")]
-    NoInterface,
+    #[error("pods use it")]
+    InUse,
+    /// What had been made is deleted again.
+    #[error("{0}; undone")]
+    Undone(Box<Self>),
 }
 
 /// What a call achieved.
@@ -149,13 +152,14 @@ impl<C: Cloud> Caller<C> {
         let interface = self.made(intent, addresses).await?;
         match self.attach(&interface).await {
             Ok(gain) => Ok(gain),
-            Err(error) => {
-                // It is paid for and of no use; if it cannot be deleted now, a look will find it.
-                if let Err(error) = self.delete(&EniId::new(&interface.id)).await {
-                    tracing::warn!(eni = interface.id, %error, "an unused interface is left behind");
+            // It is paid for and of no use; if it cannot be deleted now, a look will find it.
+            Err(error) => match self.delete(&EniId::new(&interface.id)).await {
+                Ok(_) => Err(CallError::Undone(Box::new(error))),
+                Err(left) => {
+                    tracing::warn!(eni = interface.id, error = %left, "an unused interface stays");
+                    Err(error)
                 }
-                Err(error)
-            }
+            },
         }
     }
 
@@ -219,9 +223,13 @@ impl<C: Cloud> Caller<C> {
             .filter_map(|it| Some(it.attachment.as_ref()?.device_index))
             .collect();
         let free = (1..).find(|index| !used.contains(index)).unwrap_or(1);
+        self.becomes(&interface.id, "the interface is not available", |it| {
+            it.available || it.attachment.is_some()
+        })
+        .await?;
         match self.cloud.attach(&interface.id, instance, free).await {
-            // The answer was lost or comes late; whether it was done, the next look says.
-            Err(error @ (CloudError::Unknown { .. } | CloudError::NotNow { .. })) => {
+            // The answer was lost: whether it was done, EC2's list says.
+            Err(error @ CloudError::Unknown { .. }) => {
                 count(&self.node, "AttachNetworkInterface", Some(&error));
             }
             answer => {
@@ -235,26 +243,38 @@ impl<C: Cloud> Caller<C> {
 
     async fn attached(&self, id: &str) -> Result<(Interface, Attachment), CallError> {
         let is_attached = |interface: &Interface| {
-            let attachment = interface.attachment.clone();
-            attachment.filter(|it| it.state == AttachmentState::Attached)
+            let attachment = interface.attachment.as_ref();
+            attachment.is_some_and(|it| it.state == AttachmentState::Attached)
         };
+        let interface = self
+            .becomes(id, "the interface is not attached", is_attached)
+            .await?;
+        match interface.attachment.clone() {
+            Some(attachment) => Ok((interface, attachment)),
+            None => Err(CallError::Slow("the interface is not attached")),
+        }
+    }
+
+    /// Waits until EC2 lists the interface as it should be. One not listed at all may be one just
+    /// made: EC2's answers lag.
+    async fn becomes(
+        &self,
+        id: &str,
+        otherwise: &'static str,
+        right: impl Fn(&Interface) -> bool,
+    ) -> Result<Interface, CallError> {
         let wait = async {
             loop {
                 match self.interface(id).await {
-                    Ok(interface) => {
-                        if let Some(attachment) = is_attached(&interface) {
-                            return Ok((interface, attachment));
-                        }
-                    }
-                    // Just made: EC2's answers lag.
-                    Err(CallError::Cloud(CloudError::NotFound { .. })) => {}
+                    Ok(interface) if right(&interface) => return Ok(interface),
+                    Ok(_) | Err(CallError::Cloud(CloudError::NotFound { .. })) => {}
                     Err(error) => return Err(error),
                 }
                 tokio::time::sleep(POLL).await;
             }
         };
         let waited = tokio::time::timeout(STATE_CHANGE, wait).await;
-        waited.unwrap_or(Err(CallError::Slow("the interface is not attached")))
+        waited.unwrap_or(Err(CallError::Slow(otherwise)))
     }
 
     /// Routes first, then EC2; what is gone already is fine.
@@ -264,7 +284,7 @@ impl<C: Cloud> Caller<C> {
             found => found?,
         };
         if self.node.leases().iter().any(|lease| lease.eni == *eni) {
-            return Err(CallError::NoInterface);
+            return Err(CallError::InUse);
         }
         if let Ok(mac) = interface.mac.parse() {
             match self.node.datapath.detach_eni(mac).await {
@@ -328,8 +348,9 @@ fn judge(error: &CallError) -> (Duration, bool) {
             | CloudError::Refused { .. },
         ) => (REFUSED_PAUSE, true),
         CallError::Cloud(error) => (SHORT_PAUSE, !error.is_unknown()),
-        CallError::Link(_) | CallError::NoInterface => (SHORT_PAUSE, true),
+        CallError::Link(_) | CallError::InUse => (SHORT_PAUSE, true),
         CallError::Slow(_) => (SHORT_PAUSE, false),
+        CallError::Undone(error) => (judge(error).0, true),
     }
 }
 

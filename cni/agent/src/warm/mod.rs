@@ -32,12 +32,17 @@ const BURY_EVERY: Duration = Duration::from_secs(30);
 pub async fn run<C: Cloud>(node: Arc<Node>, cloud: Arc<C>) {
     let caller = Arc::new(call::Caller::new(Arc::clone(&node), Arc::clone(&cloud)));
     let mut calls: JoinSet<Done> = JoinSet::new();
+    // Nothing is asked for before EC2 has said what is there.
+    let mut looked = false;
     let mut next_look = Instant::now();
     let mut next_bury = Instant::now() + BURY_EVERY;
     loop {
         if Instant::now() >= next_look {
             let pause = match look::look(&node, &*cloud).await {
-                Ok(()) => LOOK_EVERY,
+                Ok(()) => {
+                    looked = true;
+                    LOOK_EVERY
+                }
                 Err(error) => {
                     tracing::error!(%error, "EC2 could not be looked at; the pool is as it was");
                     LOOK_PAUSE
@@ -51,7 +56,7 @@ pub async fn run<C: Cloud>(node: Arc<Node>, cloud: Arc<C>) {
             }
             next_bury = Instant::now() + BURY_EVERY;
         }
-        if node.is_warm() {
+        if looked {
             for intent in due(&node).await {
                 let caller = Arc::clone(&caller);
                 node.metrics.actions.inc();
@@ -92,8 +97,10 @@ async fn due(node: &Node) -> Vec<Intent> {
         .store
         .change(|pool, log| {
             pool.expect(expected);
+            let held = pool.is_held(now);
             let orphans: Vec<_> = pool
                 .unresolved()
+                .filter(|_| !held)
                 .filter(|intent| matches!(intent.action, Action::Create { .. }))
                 .cloned()
                 .collect();

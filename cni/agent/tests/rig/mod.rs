@@ -1,0 +1,356 @@
+//! A box with one node: the real agent, the real CNI executable, and pods that are namespaces.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::Child,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{runtime::Runtime, sync::Notify, task::JoinHandle};
+use turnpike_vpc::{
+    netns::{Command, Namespace, Output},
+    run::{Error as BoxError, Options, down, run},
+    spec::{DEFAULT, Spec},
+};
+
+const PATIENCE: Duration = Duration::from_secs(40);
+const GRACE: Duration = Duration::from_secs(2);
+/// Two cores carry one box at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+pub(crate) struct Rig {
+    name: String,
+    pub(crate) node: Namespace,
+    pub(crate) control: Namespace,
+    pub(crate) folder: TempDir,
+    environment: Vec<(&'static str, String)>,
+    pub(crate) agent: Option<Child>,
+    pods: Mutex<Vec<Namespace>>,
+    stop: Arc<Notify>,
+    the_box: Option<JoinHandle<Result<(), BoxError>>>,
+    runtime: Runtime,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// What the CNI executable said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) ok: bool,
+    pub(crate) json: Value,
+}
+
+impl Said {
+    /// The address of a successful ADD.
+    pub(crate) fn address(&self) -> Ipv4Addr {
+        assert!(self.ok, "ADD failed: {}", self.json);
+        let text = self.json["ips"][0]["address"].as_str().expect("an address");
+        text.strip_suffix("/32")
+            .expect("a /32")
+            .parse()
+            .expect("an address")
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Pod {
+    pub(crate) id: String,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) netns: Namespace,
+}
+
+impl Rig {
+    /// A box with these faults, and the agent of node-a with this environment.
+    pub(crate) fn up(name: &str, faults: &str, environment: &[(&'static str, &str)]) -> Self {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "this test makes network namespaces: be root"
+        );
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = format!("tpt-{name}");
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(down(name.clone())).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let spec = Spec::parse(&format!("{DEFAULT}\n{faults}")).unwrap();
+        let state = folder.path().join("box");
+        let options = Options {
+            name: name.clone(),
+            spec,
+            state: state.clone(),
+        };
+        let stop = Arc::new(Notify::new());
+        let stopped = Arc::clone(&stop);
+        let the_box = runtime.spawn(async move { run(options, stopped.notified()).await });
+        wait_for("the box", || state.join("ready").exists());
+        fs::write(folder.path().join("token"), "none").unwrap();
+        fs::write(folder.path().join("root.pem"), "").unwrap();
+        let mut rig = Self {
+            node: Namespace::open(&format!("{name}-node-a")).unwrap(),
+            control: Namespace::open(&format!("{name}-control")).unwrap(),
+            name,
+            folder,
+            environment: environment
+                .iter()
+                .map(|(k, v)| (*k, (*v).to_owned()))
+                .collect(),
+            agent: None,
+            pods: Mutex::default(),
+            stop,
+            the_box: Some(the_box),
+            runtime,
+            _turn: turn,
+        };
+        rig.start();
+        rig
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts the agent and waits until it serves.
+    pub(crate) fn start(&mut self) {
+        self.launch();
+        wait_for("the agent", || {
+            self.get(61678, "/healthz/ready")
+                .starts_with("HTTP/1.1 200")
+        });
+    }
+
+    pub(crate) fn launch(&mut self) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_turnpike-node"))
+            .args(["--node-name", "node-a", "--controller", "10.0.0.10:15012"])
+            .arg("--token-file")
+            .arg(self.path("token"))
+            .arg("--root-file")
+            .arg(self.path("root.pem"))
+            .arg("--cni-socket")
+            .arg(self.path("cni.sock"))
+            .arg("--feed-socket")
+            .arg(self.path("feed.sock"))
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .env("AWS_ENDPOINT_URL_EC2", "http://10.0.0.2:8773")
+            .env("AWS_REGION", "eu-west-1")
+            .env("NO_COLOR", "1")
+            .env("RUST_LOG", "info,turnpike_wire=error")
+            .stderr(Output::File(self.path("agent.log")))
+            .die_with_parent();
+        for (key, value) in &self.environment {
+            command = command.env(key, value);
+        }
+        self.agent = Some(command.spawn(&self.node).unwrap());
+    }
+
+    /// Sends the signal and reaps the agent.
+    pub(crate) fn end(&mut self, signal: Signal) -> std::process::ExitStatus {
+        let mut agent = self.agent.take().expect("it runs");
+        kill(Pid::from_raw(agent.id() as i32), signal).unwrap();
+        agent.wait().unwrap()
+    }
+
+    pub(crate) fn pod(&self, id: &str, namespace: &str, name: &str) -> Pod {
+        let netns = format!("{}-{id}", self.name);
+        Namespace::handle(&netns).unwrap().remove(GRACE).unwrap();
+        let netns = Namespace::create(&netns).unwrap();
+        self.pods.lock().unwrap().push(netns.clone());
+        Pod {
+            id: id.into(),
+            namespace: namespace.into(),
+            name: name.into(),
+            netns,
+        }
+    }
+
+    pub(crate) fn add(&self, pod: &Pod) -> Said {
+        self.cni("ADD", pod, &json!({}))
+    }
+
+    pub(crate) fn del(&self, pod: &Pod) -> Said {
+        self.cni("DEL", pod, &json!({}))
+    }
+
+    /// Calls the CNI executable as a runtime does.
+    pub(crate) fn cni(&self, command: &str, pod: &Pod, more: &Value) -> Said {
+        let plugin = Path::new(env!("CARGO_BIN_EXE_turnpike-node")).with_file_name("turnpike-cni");
+        assert!(
+            plugin.exists(),
+            "build it first: cargo build -p turnpike-plugin"
+        );
+        let mut config = json!({
+            "cniVersion": "1.1.0", "name": "turnpike", "type": "turnpike-cni",
+            "agentSocket": self.path("cni.sock"),
+        });
+        config
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        let args = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID=uid-{}",
+            pod.namespace, pod.name, pod.name
+        );
+        let mut child = Command::new(plugin)
+            .env_clear()
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", &pod.id)
+            .env("CNI_NETNS", pod.netns.path())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", "/opt/cni/bin")
+            .env("CNI_ARGS", args)
+            .stdin_piped()
+            .stdout(Output::Piped)
+            .spawn(&self.node)
+            .unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(config.to_string().as_bytes())
+            .unwrap();
+        let output = child.wait_with_output().unwrap();
+        let json = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+        Said {
+            ok: output.status.success(),
+            json,
+        }
+    }
+
+    /// GET inside the node, the whole answer.
+    pub(crate) fn get(&self, port: u16, path: &str) -> String {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let answer = self.node.run(move || {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.write_all(request.as_bytes())?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok::<_, std::io::Error>(answer)
+        });
+        answer.unwrap().unwrap_or_default()
+    }
+
+    fn json(&self, path: &str) -> Value {
+        let answer = self.get(61679, path);
+        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"))
+    }
+
+    pub(crate) fn enis(&self) -> Value {
+        self.json("/v1/enis")
+    }
+
+    /// Address by container, as the agent leases them.
+    pub(crate) fn leases(&self) -> BTreeMap<String, Ipv4Addr> {
+        let pods = self.json("/v1/pods");
+        let text = |pod: &Value, key: &str| pod[key].as_str().unwrap().to_owned();
+        pods.as_array()
+            .unwrap()
+            .iter()
+            .map(|pod| {
+                (
+                    text(pod, "containerId"),
+                    text(pod, "address").parse().unwrap(),
+                )
+            })
+            .collect()
+    }
+
+    /// Everything in the node's kernel that pods leave traces in.
+    pub(crate) fn kernel(&self) -> String {
+        let show = |program: &str, args: &[&str]| {
+            let output = Command::new(program)
+                .args(args)
+                .stdout(Output::Piped)
+                .output(&self.node)
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let links = show("ip", &["-o", "link", "show", "type", "veth"]);
+        let names: Vec<_> = links
+            .lines()
+            .filter_map(|line| line.split(": ").nth(1))
+            .collect();
+        [
+            names.join("\n"),
+            show("ip", &["route", "show", "table", "all"]),
+            show("ip", &["rule"]),
+            show("ip", &["neigh", "show", "nud", "permanent"]),
+            show("nft", &["-s", "list", "ruleset"]),
+        ]
+        .join("\n---\n")
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("──── agent\n{}", self.log());
+        }
+        if self.agent.is_some() {
+            self.end(Signal::SIGKILL);
+        }
+        for pod in self
+            .pods
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+        {
+            pod.remove(GRACE).ok();
+        }
+        self.stop.notify_one();
+        if let Some(the_box) = self.the_box.take() {
+            self.runtime.block_on(the_box).ok();
+        }
+    }
+}
+
+pub(crate) fn wait_for(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// One line from the client to the server and back, over TCP.
+pub(crate) fn talk(from: &Namespace, to: &Namespace, address: Ipv4Addr) -> std::io::Result<IpAddr> {
+    let listener = to
+        .run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))
+        .unwrap()?;
+    let port = listener.local_addr()?.port();
+    let server = thread::spawn(move || {
+        let (mut stream, peer) = listener.accept()?;
+        stream.write_all(b"hello")?;
+        Ok::<_, std::io::Error>(peer.ip())
+    });
+    let heard = from.run(move || {
+        let to = SocketAddr::from((address, port));
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok::<_, std::io::Error>(text)
+    });
+    let text = heard.unwrap()?;
+    assert_eq!(text, "hello");
+    server.join().expect("the server does not panic")
+}
