@@ -138,20 +138,24 @@ async fn evict(store: Store) {
 
 async fn save(store: Store, path: PathBuf) {
     let mut ticks = interval(SNAPSHOT_INTERVAL);
+    let mut failing = false;
     loop {
         ticks.tick().await;
         let Some(updates) = store.unsaved() else {
             continue;
         };
         let target = path.clone();
-        let written = tokio::task::spawn_blocking(move || snapshot::write(&target, &updates)).await;
-        match written {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(path = %path.display(), %error, "cannot keep the last state");
+        let write = move || snapshot::write(&target, &updates);
+        // The runtime is going down where there is no result.
+        let Ok(written) = tokio::task::spawn_blocking(write).await else {
+            return;
+        };
+        if let Err(error) = &written {
+            store.not_saved();
+            if !failing {
+                tracing::warn!(path = %path.display(), %error, "cannot keep the last state; trying on");
             }
-            // The runtime is going down.
-            Err(_) => return,
         }
+        failing = written.is_err();
     }
 }

@@ -43,11 +43,14 @@ pub fn read(path: &Path) -> io::Result<Option<Vec<Update>>> {
     Ok(Some(updates))
 }
 
-/// Replaces the last state.
+/// Replaces the last state; makes the directory if it is not there.
 pub fn write(path: &Path, updates: &[Update]) -> io::Result<()> {
     let mut bytes = HEADER.to_vec();
     for update in updates {
         bytes.extend(response(update).encode_length_delimited_to_vec());
+    }
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
     }
     let beside = path.with_extension("new");
     let mut file = File::create(&beside)?;

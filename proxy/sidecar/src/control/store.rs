@@ -103,6 +103,11 @@ impl Store {
         std::mem::take(&mut index.unsaved).then(|| saved(&index))
     }
 
+    /// The state could not be written after all.
+    pub fn not_saved(&self) {
+        self.0.index.lock().unsaved = true;
+    }
+
     pub fn evict(&self, now: Instant) {
         self.0.index.lock().evict(now);
         self.0.wake.notify_one();

@@ -18,7 +18,7 @@ use turnpike_sidecar::{
 
 use crate::rig::*;
 
-async fn ask(address: SocketAddr, request: &str) -> (u16, String) {
+pub(crate) async fn ask(address: SocketAddr, request: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let head = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -49,14 +49,22 @@ async fn people_kubelet_and_prometheus_get_their_answers() {
         }),
     });
     let local: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    let config = AdminConfig { admin: local, metrics: local, ready: local };
+    let config = AdminConfig {
+        admin: local,
+        metrics: local,
+        ready: local,
+    };
     let admin = Admin::bind(&config).unwrap();
     let [admin_at, metrics_at, ready_at] = admin.addresses().unwrap();
     let serving = tokio::spawn(admin.serve(state.clone()));
 
     let (status, text) = ask(ready_at, "GET /healthz/ready").await;
     assert_eq!((status, text.as_str()), (503, "not ready: starting\n"));
-    assert_eq!(ask(metrics_at, "GET /metrics").await.0, 200, "before there is anything to tell");
+    assert_eq!(
+        ask(metrics_at, "GET /metrics").await.0,
+        200,
+        "before there is anything to tell"
+    );
     let own_now = pod.control.store().own_now().unwrap();
     let log = AccessLog::start(std::io::sink()).unwrap();
     let telemetry = Telemetry::new(Own::new(&own_now, "cluster"), log, None);
@@ -70,11 +78,20 @@ async fn people_kubelet_and_prometheus_get_their_answers() {
     let (status, dump) = ask(admin_at, "GET /config_dump").await;
     assert_eq!(status, 200);
     let dump: serde_json::Value = serde_json::from_str(&dump).unwrap();
-    assert_eq!(dump["self"]["identity"], "spiffe://cluster.local/ns/shop/sa/web");
-    assert_eq!(dump["services"]["cluster/shop/web"]["endpoints"][0]["address"], "10.0.0.1");
+    assert_eq!(
+        dump["self"]["identity"],
+        "spiffe://cluster.local/ns/shop/sa/web"
+    );
+    assert_eq!(
+        dump["services"]["cluster/shop/web"]["endpoints"][0]["address"],
+        "10.0.0.1"
+    );
     assert!(!dump.to_string().contains("PRIVATE"));
     let (_, clusters) = ask(admin_at, "GET /clusters").await;
-    assert!(clusters.contains("cluster/shop/web::10.0.0.1::state::serving\n"), "{clusters}");
+    assert!(
+        clusters.contains("cluster/shop/web::10.0.0.1::state::serving\n"),
+        "{clusters}"
+    );
     let (_, certs) = ask(admin_at, "GET /certs").await;
     let certs: serde_json::Value = serde_json::from_str(&certs).unwrap();
     let current = pod.control.credentials().load().unwrap();

@@ -65,8 +65,12 @@ impl TraceService for Collector {
             let attributes = resource.resource.unwrap_or_default().attributes;
             let name = attributes.iter().find(|a| a.key == "service.name").unwrap();
             let name = format!("{:?}", name.value.as_ref().unwrap().value);
-            let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            self.spans.send_modify(|all| all.extend(spans.map(|span| (name.clone(), span))));
+            let spans = resource
+                .scope_spans
+                .into_iter()
+                .flat_map(|scope| scope.spans);
+            self.spans
+                .send_modify(|all| all.extend(spans.map(|span| (name.clone(), span))));
         }
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
@@ -78,7 +82,8 @@ impl MetricsService for Collector {
         &self,
         request: Request<ExportMetricsServiceRequest>,
     ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        self.metrics.send_modify(|all| all.push(request.into_inner()));
+        self.metrics
+            .send_modify(|all| all.push(request.into_inner()));
         Ok(Response::new(ExportMetricsServiceResponse::default()))
     }
 }
@@ -94,7 +99,10 @@ fn proxy(workload: &str, collector: SocketAddr) -> (Arc<Telemetry>, OtlpConfig) 
     let log = AccessLog::start(std::io::sink()).unwrap();
     let provider = otlp::tracer_provider(&config).unwrap();
     let telemetry = Telemetry::new(Own::new(&own, "cluster"), log, Some(provider));
-    telemetry.configure(&Settings { sampling: 1.0, access_log: true });
+    telemetry.configure(&Settings {
+        sampling: 1.0,
+        access_log: true,
+    });
     (telemetry, config)
 }
 
@@ -123,7 +131,10 @@ async fn one_request_is_one_trace_across_two_proxies() {
     let (collector, address) = Collector::start().await;
     let (front, _) = proxy("front", address);
     let (back, _) = proxy("back", address);
-    let (method, uri) = (Method::GET, "http://pay/charge?id=7".parse::<Uri>().unwrap());
+    let (method, uri) = (
+        Method::GET,
+        "http://pay/charge?id=7".parse::<Uri>().unwrap(),
+    );
     let http = |status| HttpRecord {
         method: &method,
         uri: &uri,
@@ -142,18 +153,24 @@ async fn one_request_is_one_trace_across_two_proxies() {
     inner.finish(&record(Direction::Inbound, http(503)));
     outer.finish(&record(Direction::Outbound, http(200)));
     // A client that goes away leaves a span too.
-    drop(front.span(Direction::Outbound, &mut HeaderMap::new()).unwrap());
+    drop(
+        front
+            .span(Direction::Outbound, &mut HeaderMap::new())
+            .unwrap(),
+    );
     for telemetry in [front, back] {
-        tokio::task::spawn_blocking(move || telemetry.flush()).await.unwrap();
+        tokio::task::spawn_blocking(move || telemetry.flush())
+            .await
+            .unwrap();
     }
 
     let mut spans = collector.spans.subscribe();
     let all = timeout(PATIENCE, spans.wait_for(|spans| spans.len() == 3)).await;
     let all = all.expect("three spans").unwrap().clone();
     let of = |kind: SpanKind, workload: &str| -> Vec<Span> {
-        let mine = all.iter().filter(|(name, span)| {
-            name.contains(workload) && span.kind == i32::from(kind)
-        });
+        let mine = all
+            .iter()
+            .filter(|(name, span)| name.contains(workload) && span.kind == i32::from(kind));
         mine.map(|(_, span)| span.clone()).collect()
     };
     let client = of(SpanKind::Client, "front");
@@ -162,7 +179,10 @@ async fn one_request_is_one_trace_across_two_proxies() {
     let server = of(SpanKind::Server, "back").pop().unwrap();
     let client = &client[0];
     assert_eq!(client.trace_id, server.trace_id, "one trace");
-    assert_eq!(server.parent_span_id, client.span_id, "the callee's span is the caller's child");
+    assert_eq!(
+        server.parent_span_id, client.span_id,
+        "the callee's span is the caller's child"
+    );
     assert!(client.parent_span_id.is_empty());
     assert_eq!(aborted.len(), 1);
     assert_ne!(aborted[0].trace_id, client.trace_id);
@@ -171,15 +191,35 @@ async fn one_request_is_one_trace_across_two_proxies() {
         let found = span.attributes.iter().find(|a| a.key == key)?;
         Some(format!("{:?}", found.value.as_ref()?.value.as_ref()?))
     };
-    assert_eq!(attribute(client, "http.request.method").unwrap(), "StringValue(\"GET\")");
-    assert_eq!(attribute(client, "http.response.status_code").unwrap(), "IntValue(200)");
-    assert_eq!(attribute(&server, "url.path").unwrap(), "StringValue(\"/charge\")");
-    assert_eq!(attribute(&server, "error.type").unwrap(), "StringValue(\"503\")");
+    assert_eq!(
+        attribute(client, "http.request.method").unwrap(),
+        "StringValue(\"GET\")"
+    );
+    assert_eq!(
+        attribute(client, "http.response.status_code").unwrap(),
+        "IntValue(200)"
+    );
+    assert_eq!(
+        attribute(&server, "url.path").unwrap(),
+        "StringValue(\"/charge\")"
+    );
+    assert_eq!(
+        attribute(&server, "error.type").unwrap(),
+        "StringValue(\"503\")"
+    );
     assert_eq!(attribute(client, "error.type"), None);
     let last = headers["traceparent"].to_str().unwrap();
-    let hex = |id: &[u8]| id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let hex = |id: &[u8]| {
+        id.iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
     let (trace, span) = (hex(&server.trace_id), hex(&server.span_id));
-    assert_eq!(last, format!("00-{trace}-{span}-01"), "the application gets the callee's span");
+    assert_eq!(
+        last,
+        format!("00-{trace}-{span}-01"),
+        "the application gets the callee's span"
+    );
 }
 
 #[tokio::test]
@@ -220,7 +260,10 @@ async fn metrics_are_pushed() {
         ]
     );
     let text = format!("{metrics:?}");
-    assert!(text.contains("AsInt(1)") && text.contains("\"pay.shop.svc.cluster.local\""), "{text}");
+    assert!(
+        text.contains("AsInt(1)") && text.contains("\"pay.shop.svc.cluster.local\""),
+        "{text}"
+    );
     pushing.abort();
 }
 
@@ -230,10 +273,17 @@ async fn a_collector_that_is_away_costs_nothing_but_the_data() {
     let (telemetry, config) = proxy("front", nowhere);
     let pushing = tokio::spawn(otlp::push_metrics(config, telemetry.clone()));
     for _ in 0..5000 {
-        drop(telemetry.span(Direction::Outbound, &mut HeaderMap::new()).unwrap());
+        drop(
+            telemetry
+                .span(Direction::Outbound, &mut HeaderMap::new())
+                .unwrap(),
+        );
     }
     let flushed = tokio::task::spawn_blocking(move || telemetry.flush());
-    timeout(PATIENCE, flushed).await.expect("flushing ends").unwrap();
+    timeout(PATIENCE, flushed)
+        .await
+        .expect("flushing ends")
+        .unwrap();
     assert!(!pushing.is_finished(), "pushing goes on");
     pushing.abort();
 }

@@ -6,5 +6,6 @@ mod admin;
 #[path = "../../../../control-plane/wire/tests/wire/controller.rs"]
 mod controller;
 mod export;
+mod process;
 mod rig;
 mod store;

@@ -6,7 +6,9 @@ use tokio::{sync::watch, time::timeout};
 use turnpike_rules::{
     Identity, ServiceKey,
     authz::Authorization,
-    service::{Endpoint, EndpointShard, EndpointState, PortMapping, Protocol, Service, ServicePort},
+    service::{
+        Endpoint, EndpointShard, EndpointState, PortMapping, Protocol, Service, ServicePort,
+    },
     traffic::TrafficPolicy,
     workload::{Destination, MtlsMode, SelfConfig, Telemetry, Workload},
 };
@@ -61,7 +63,10 @@ pub(crate) fn workload(last: u8) -> Destination {
 
 pub(crate) fn service(name: &str, shards: &[&str]) -> Service {
     let key = key(name);
-    let shards = shards.iter().map(|shard| format!("{key}/{shard}").into()).collect();
+    let shards = shards
+        .iter()
+        .map(|shard| format!("{key}/{shard}").into())
+        .collect();
     let port = ServicePort {
         port: 80,
         name: "http".into(),
@@ -88,7 +93,10 @@ pub(crate) fn shard(name: &str, shard: &str, lasts: &[u8]) -> EndpointShard {
     };
     EndpointShard {
         name: format!("{}/{shard}", key(name)).into(),
-        ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
+        ports: vec![PortMapping {
+            service_port: 80,
+            target_port: 8080,
+        }],
         endpoints: lasts.iter().map(endpoint).collect(),
     }
 }
@@ -121,7 +129,9 @@ impl Pod {
     }
 
     pub(crate) async fn ready(&self) -> watch::Receiver<Arc<SelfConfig>> {
-        timeout(PATIENCE, self.control.ready()).await.expect("must become ready")
+        timeout(PATIENCE, self.control.ready())
+            .await
+            .expect("must become ready")
     }
 
     /// Puts a Service and its shards into the world.
@@ -131,7 +141,8 @@ impl Pod {
             self.server.put(&shard.name.clone(), version, &shard);
         }
         let names: Vec<&str> = shards.iter().map(|(part, _)| *part).collect();
-        self.server.put(&view(name), version, &service(name, &names));
+        self.server
+            .put(&view(name), version, &service(name, &names));
     }
 }
 

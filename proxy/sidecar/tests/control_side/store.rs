@@ -22,15 +22,25 @@ use crate::{
 fn asked(pod: &Pod, type_url: &str, name: &str) -> usize {
     let seen = pod.server.seen();
     let of_type = seen.iter().filter(|request| request.type_url == type_url);
-    of_type.flat_map(|r| &r.resource_names_subscribe).filter(|asked| *asked == name).count()
+    of_type
+        .flat_map(|r| &r.resource_names_subscribe)
+        .filter(|asked| *asked == name)
+        .count()
 }
 
 async fn changed(watch: &mut ServiceWatch) -> Result<(), tokio::sync::watch::error::RecvError> {
-    timeout(PATIENCE, watch.changed()).await.expect("must change")
+    timeout(PATIENCE, watch.changed())
+        .await
+        .expect("must change")
 }
 
 fn uids(watch: &ServiceWatch) -> Vec<String> {
-    watch.borrow().endpoints.iter().map(|view| view.endpoint.uid.to_string()).collect()
+    watch
+        .borrow()
+        .endpoints
+        .iter()
+        .map(|view| view.endpoint.uid.to_string())
+        .collect()
 }
 
 #[tokio::test]
@@ -39,11 +49,19 @@ async fn readiness_waits_for_certificate_and_own_configuration() {
     server.ca_refuses(Some(tonic::Status::unavailable("not yet")));
     let control = Control::start(config(&server, None));
     let pod = Pod { server, control };
-    pod.server.see("asks for itself", |r| r.resource_names_subscribe == [UID]).await;
+    pod.server
+        .see("asks for itself", |r| r.resource_names_subscribe == [UID])
+        .await;
     let short = Duration::from_millis(300);
-    assert!(timeout(short, pod.control.ready()).await.is_err(), "neither is there");
+    assert!(
+        timeout(short, pod.control.ready()).await.is_err(),
+        "neither is there"
+    );
     pod.server.put(UID, "1", &own());
-    assert!(timeout(short, pod.control.ready()).await.is_err(), "no certificate");
+    assert!(
+        timeout(short, pod.control.ready()).await.is_err(),
+        "no certificate"
+    );
     pod.server.ca_refuses(None);
     let mut current = pod.ready().await;
     assert_eq!(**current.borrow_and_update(), own());
@@ -52,7 +70,10 @@ async fn readiness_waits_for_certificate_and_own_configuration() {
     let mut strict = own();
     strict.mtls = turnpike_rules::workload::MtlsMode::Strict;
     pod.server.put(UID, "2", &strict);
-    timeout(PATIENCE, current.changed()).await.expect("pushed").unwrap();
+    timeout(PATIENCE, current.changed())
+        .await
+        .expect("pushed")
+        .unwrap();
     assert_eq!(**current.borrow(), strict);
 }
 
@@ -64,7 +85,10 @@ async fn another_pods_configuration_is_refused() {
     pod.server.put(UID, "2", &other);
     let nack = pod.server.see("NACK", |r| r.error_detail.is_some()).await;
     let message = nack.error_detail.unwrap().message;
-    assert!(message.contains("sa/admin, but this proxy is spiffe://"), "{message}");
+    assert!(
+        message.contains("sa/admin, but this proxy is spiffe://"),
+        "{message}"
+    );
     assert_eq!(*pod.control.store().own_now().unwrap(), own());
     assert_eq!(pod.control.store().refused(), 1);
 }
@@ -77,20 +101,33 @@ async fn many_waiters_are_one_question() {
     pod.server.put(name, "1", &workload(7));
     let store = pod.control.store();
     let answers = tokio::spawn(join_all((0..50).map(|_| store.destination(ip(7)))));
-    pod.server.see("the question", |r| r.resource_names_subscribe == [name]).await;
+    pod.server
+        .see("the question", |r| r.resource_names_subscribe == [name])
+        .await;
     pod.server.let_go(name);
     let answers = timeout(PATIENCE, answers).await.unwrap().unwrap();
-    assert!(answers.iter().all(|answer| matches!(answer, Lookup::Workload(w) if &*w.uid == "uid-7")));
+    assert!(
+        answers
+            .iter()
+            .all(|answer| matches!(answer, Lookup::Workload(w) if &*w.uid == "uid-7"))
+    );
     assert_eq!(asked(&pod, Destination::TYPE_URL, name), 1);
     // And it is known from now on.
-    assert!(matches!(store.destination(ip(7)).await, Lookup::Workload(_)));
+    assert!(matches!(
+        store.destination(ip(7)).await,
+        Lookup::Workload(_)
+    ));
     assert_eq!(asked(&pod, Destination::TYPE_URL, name), 1);
 }
 
 #[tokio::test]
 async fn outside_the_mesh_nobody_is_asked() {
     let pod = Pod::start(None).await;
-    let answer = pod.control.store().destination([203, 0, 113, 9].into()).await;
+    let answer = pod
+        .control
+        .store()
+        .destination([203, 0, 113, 9].into())
+        .await;
     assert!(matches!(answer, Lookup::Unknown), "{answer:?}");
     // A question that is asked, so that the other would have been seen before it.
     pod.server.put("default/10.0.0.7", "1", &workload(7));
@@ -98,7 +135,10 @@ async fn outside_the_mesh_nobody_is_asked() {
     assert_eq!(asked(&pod, Destination::TYPE_URL, "default/203.0.113.9"), 0);
     // An IPv4 address in IPv6 clothes is the IPv4 address.
     let mapped = "::ffff:10.0.0.7".parse().unwrap();
-    assert!(matches!(pod.control.store().destination(mapped).await, Lookup::Workload(_)));
+    assert!(matches!(
+        pod.control.store().destination(mapped).await,
+        Lookup::Workload(_)
+    ));
 }
 
 #[tokio::test]
@@ -106,14 +146,20 @@ async fn no_answer_within_the_deadline_is_not_a_no() {
     let pod = Pod::start(None).await;
     pod.server.hold("default/10.0.0.7");
     pod.server.put("default/10.0.0.7", "1", &workload(7));
-    let answer = timeout(PATIENCE, pod.control.store().destination(ip(7))).await.unwrap();
+    let answer = timeout(PATIENCE, pod.control.store().destination(ip(7)))
+        .await
+        .unwrap();
     assert!(matches!(answer, Lookup::Unanswered), "{answer:?}");
     pod.server.hold(&view("web"));
-    let none = timeout(PATIENCE, pod.control.store().service(&key("web"))).await.unwrap();
+    let none = timeout(PATIENCE, pod.control.store().service(&key("web")))
+        .await
+        .unwrap();
     assert!(none.is_none());
     // The answer is taken when it comes.
     pod.server.let_go("default/10.0.0.7");
-    let answer = timeout(PATIENCE, pod.control.store().destination(ip(7))).await.unwrap();
+    let answer = timeout(PATIENCE, pod.control.store().destination(ip(7)))
+        .await
+        .unwrap();
     assert!(matches!(answer, Lookup::Workload(_)), "{answer:?}");
 }
 
@@ -138,7 +184,9 @@ async fn a_no_is_kept_until_the_controller_says_otherwise() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(PATIENCE, wait).await.expect("what came to be is pushed");
+    timeout(PATIENCE, wait)
+        .await
+        .expect("what came to be is pushed");
     assert_eq!(asked(&pod, Destination::TYPE_URL, "default/10.0.0.8"), 1);
 }
 
@@ -150,7 +198,9 @@ async fn a_service_takes_effect_with_its_last_shard() {
     pod.put_service("1", "web", &[("0", &[1, 2]), ("1", &[3])]);
     let answer = tokio::spawn(pod.control.store().service(&key("web")));
     pod.server
-        .see("asks for the shards", |r| r.resource_names_subscribe.contains(&second))
+        .see("asks for the shards", |r| {
+            r.resource_names_subscribe.contains(&second)
+        })
         .await;
     assert!(!answer.is_finished(), "half a Service is none");
     pod.server.let_go(&second);
@@ -162,15 +212,24 @@ async fn a_service_takes_effect_with_its_last_shard() {
     let third = format!("{}/2", key("web"));
     pod.server.hold(&third);
     pod.put_service("2", "web", &[("0", &[1]), ("2", &[4])]);
-    pod.server.see("asks for the new shard", |r| r.resource_names_subscribe == [third.clone()]).await;
+    pod.server
+        .see("asks for the new shard", |r| {
+            r.resource_names_subscribe == [third.clone()]
+        })
+        .await;
     let early = uids(&web);
-    assert!(early.contains(&"uid-3".to_owned()), "the old layout holds until then: {early:?}");
+    assert!(
+        early.contains(&"uid-3".to_owned()),
+        "the old layout holds until then: {early:?}"
+    );
     pod.server.let_go(&third);
     while uids(&web) != ["uid-1", "uid-4"] {
         changed(&mut web).await.unwrap();
     }
     pod.server
-        .see("drops the old shard", |r| r.resource_names_unsubscribe == [second.clone()])
+        .see("drops the old shard", |r| {
+            r.resource_names_unsubscribe == [second.clone()]
+        })
         .await;
 }
 
@@ -180,7 +239,8 @@ async fn endpoints_change_alone_and_a_service_ends() {
     pod.put_service("1", "web", &[("0", &[1, 2])]);
     let mut web = pod.control.store().service(&key("web")).await.unwrap();
     let changed_shard = shard("web", "0", &[2]);
-    pod.server.put(&changed_shard.name.clone(), "2", &changed_shard);
+    pod.server
+        .put(&changed_shard.name.clone(), "2", &changed_shard);
     changed(&mut web).await.unwrap();
     assert_eq!(uids(&web), ["uid-2"]);
 
@@ -190,7 +250,10 @@ async fn endpoints_change_alone_and_a_service_ends() {
     assert!(uids(&web).is_empty());
 
     pod.server.remove::<Service>(&view("web"));
-    assert!(changed(&mut web).await.is_err(), "its users are told by the end of the watch");
+    assert!(
+        changed(&mut web).await.is_err(),
+        "its users are told by the end of the watch"
+    );
     assert!(pod.control.store().service(&key("web")).await.is_none());
 }
 
@@ -206,7 +269,10 @@ async fn a_bad_update_changes_nothing() {
     pod.server.put_packed(EndpointShard::TYPE_URL, bad);
     let nack = pod.server.see("NACK", |r| r.error_detail.is_some()).await;
     let message = nack.error_detail.unwrap().message;
-    assert!(message.contains("endpoints[0].address") && message.contains(&name), "{message}");
+    assert!(
+        message.contains("endpoints[0].address") && message.contains(&name),
+        "{message}"
+    );
     assert_eq!(uids(&web), ["uid-1"]);
 
     // What is right is taken after it.
@@ -226,7 +292,10 @@ async fn the_last_good_state_serves_while_the_controller_is_away() {
     pod.server.kill().await;
     until("the loss is noticed", || !store.connected()).await;
     store.evict(tokio::time::Instant::now() + Duration::from_secs(86_400));
-    assert!(matches!(store.destination(ip(1)).await, Lookup::Workload(_)));
+    assert!(matches!(
+        store.destination(ip(1)).await,
+        Lookup::Workload(_)
+    ));
     assert_eq!(uids(&store.service(&key("web")).await.unwrap()), ["uid-1"]);
     drop(web);
 }
@@ -247,14 +316,26 @@ async fn what_nobody_uses_is_forgotten() {
             r.type_url == type_url && r.resource_names_unsubscribe == [name.clone()]
         }
     };
-    pod.server.see("address", dropped(Destination::TYPE_URL, "default/10.0.0.1".into())).await;
-    pod.server.see("service", dropped(Service::TYPE_URL, view("pay"))).await;
     pod.server
-        .see("shards", dropped(EndpointShard::TYPE_URL, format!("{}/0", key("pay"))))
+        .see(
+            "address",
+            dropped(Destination::TYPE_URL, "default/10.0.0.1".into()),
+        )
+        .await;
+    pod.server
+        .see("service", dropped(Service::TYPE_URL, view("pay")))
+        .await;
+    pod.server
+        .see(
+            "shards",
+            dropped(EndpointShard::TYPE_URL, format!("{}/0", key("pay"))),
+        )
         .await;
     assert_eq!(uids(&used), ["uid-1"], "what is in use stays");
     let unsubscribed = pod.server.seen();
-    let unsubscribed = unsubscribed.iter().flat_map(|r| &r.resource_names_unsubscribe);
+    let unsubscribed = unsubscribed
+        .iter()
+        .flat_map(|r| &r.resource_names_unsubscribe);
     assert!(!unsubscribed.into_iter().any(|name| name == &view("web")));
 }
 
@@ -266,33 +347,57 @@ async fn a_restart_without_the_controller_finds_the_last_state() {
     pod.put_service("1", "web", &[("0", &[1, 2]), ("1", &[3])]);
     pod.control.store().destination(ip(1)).await;
     pod.control.store().destination(ip(9)).await;
-    let before = pod.control.store().service(&key("web")).await.unwrap().borrow().clone();
+    let before = pod
+        .control
+        .store()
+        .service(&key("web"))
+        .await
+        .unwrap()
+        .borrow()
+        .clone();
     let file = dir.path().join(snapshot::FILE);
     let saved = || {
         let updates = snapshot::read(&file).ok().flatten().unwrap_or_default();
-        updates.iter().any(|u| u.type_url == EndpointShard::TYPE_URL && u.added.len() == 2)
+        updates
+            .iter()
+            .any(|u| u.type_url == EndpointShard::TYPE_URL && u.added.len() == 2)
     };
     until("saved", saved).await;
     pod.server.kill().await;
     drop(pod.control);
 
     let bytes = std::fs::read(&file).unwrap();
-    assert!(!bytes.windows(7).any(|window| window == b"PRIVATE"), "no keys on disk");
+    assert!(
+        !bytes.windows(7).any(|window| window == b"PRIVATE"),
+        "no keys on disk"
+    );
     let control = Control::start(config(&pod.server, Some(dir.path())));
-    let own_config = timeout(PATIENCE, control.store().own()).await.expect("from disk");
+    let own_config = timeout(PATIENCE, control.store().own())
+        .await
+        .expect("from disk");
     assert_eq!(**own_config.borrow(), own());
-    assert!(matches!(control.store().destination(ip(1)).await, Lookup::Workload(_)));
+    assert!(matches!(
+        control.store().destination(ip(1)).await,
+        Lookup::Workload(_)
+    ));
     let after = control.store().service(&key("web")).await.unwrap();
     assert_eq!(*after.borrow(), before);
     // A no is not kept over a restart, and nobody is there to ask.
-    assert!(matches!(control.store().destination(ip(9)).await, Lookup::Unanswered));
+    assert!(matches!(
+        control.store().destination(ip(9)).await,
+        Lookup::Unanswered
+    ));
 }
 
 #[tokio::test]
 async fn a_damaged_last_state_is_left_aside() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join(snapshot::FILE);
-    for damage in [&b""[..], b"something else\n", b"turnpike mesh snapshot 1\n\xff\xff\xff\xff\x0f"] {
+    for damage in [
+        &b""[..],
+        b"something else\n",
+        b"turnpike mesh snapshot 1\n\xff\xff\xff\xff\x0f",
+    ] {
         std::fs::write(&file, damage).unwrap();
         let pod = Pod::start(Some(dir.path())).await;
         assert_eq!(*pod.control.store().own_now().unwrap(), own());
