@@ -29,6 +29,9 @@ use crate::{
 };
 use state::State;
 
+/// Requests on their way to the server. Full: further ones stay merged in [`State`] until there is
+/// room.
+const REQUESTS: usize = 8;
 /// Answers to responses that wait to be sent; when as many wait, no further response is read.
 const MAX_ANSWERS: usize = 64;
 /// For the stream to be opened, connection included.
@@ -132,7 +135,17 @@ pub async fn run<H: Handler>(
     let mut state = State::default();
     let mut backoff = Backoff::new(config.reconnect_base, config.reconnect_max);
     loop {
-        let lost = match open(&controller).await {
+        state.reconnected();
+        // A stream that asks for nothing is not opened.
+        while !state.has_request() {
+            let Some(subscription) = subscriptions.recv().await else {
+                return;
+            };
+            state.change(subscription);
+        }
+        let mut node = Some(node(&config));
+        let first = state.first_requests(REQUESTS, &mut node);
+        let lost = match open(&controller, first).await {
             Ok((requests, responses)) => {
                 tracing::info!(
                     controller = controller.address,
@@ -140,13 +153,12 @@ pub async fn run<H: Handler>(
                 );
                 handler.connection(true);
                 let mut session = Session {
-                    node: Some(node(&config)),
+                    node,
                     requests,
                     responses,
                     answers: VecDeque::new(),
                     delivered: false,
                 };
-                state.reconnected();
                 let lost = session
                     .run(&mut state, &mut subscriptions, &mut handler)
                     .await;
@@ -207,10 +219,19 @@ type Stream = (
     Streaming<DeltaDiscoveryResponse>,
 );
 
-async fn open(controller: &Controller) -> Result<Stream, OpenError> {
+/// Opens a stream whose first requests are sent with it: a server may wait for one before it
+/// answers at all.
+async fn open(
+    controller: &Controller,
+    first: Vec<DeltaDiscoveryRequest>,
+) -> Result<Stream, OpenError> {
     let opened = async {
-        // Full: requests stay merged in `State` until there is room.
-        let (requests, stream) = mpsc::channel(8);
+        let (requests, stream) = mpsc::channel(REQUESTS);
+        for request in first {
+            requests
+                .try_send(request)
+                .expect("there are no more than the channel holds");
+        }
         let request = controller.request(ReceiverStream::new(stream)).await?;
         let mut client = AggregatedDiscoveryServiceClient::new(controller.connect().await?)
             .max_decoding_message_size(MAX_RESPONSE_BYTES);

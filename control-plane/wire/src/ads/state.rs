@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Added, Subscription, Update};
 use crate::{
+    core::Node,
     discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse},
     names::WILDCARD,
 };
@@ -56,6 +57,21 @@ impl State {
             state.unsubscribe.clear();
             state.subscribe = state.names.clone();
         }
+    }
+
+    /// At most `limit` requests to begin a stream with; the very first carries the node.
+    pub(super) fn first_requests(
+        &mut self,
+        limit: usize,
+        node: &mut Option<Node>,
+    ) -> Vec<DeltaDiscoveryRequest> {
+        let requests = std::iter::from_fn(|| self.next_request()).take(limit);
+        requests
+            .map(|request| DeltaDiscoveryRequest {
+                node: node.take(),
+                ..request
+            })
+            .collect()
     }
 
     pub(super) fn has_request(&self) -> bool {

@@ -391,6 +391,8 @@ async fn the_client_ends_with_the_last_subscriber() {
         events: _events,
         running,
     } = Client::start(server.client());
+    let one = Subscription::subscribe(ADDRESS, ["default/10.0.0.1"]);
+    subscriptions.send(one.clone()).await.unwrap();
     server.streams(1).await;
     drop(subscriptions);
     timeout(PATIENCE, running).await.expect("must end").unwrap();
@@ -403,6 +405,20 @@ async fn the_client_ends_with_the_last_subscriber() {
         events: _events,
         running,
     } = Client::start(server.client());
+    subscriptions.send(one).await.unwrap();
     drop(subscriptions);
     timeout(PATIENCE, running).await.expect("must end").unwrap();
+}
+
+#[tokio::test]
+async fn nothing_asked_is_no_connection() {
+    let server = TestController::start().await;
+    let Client {
+        subscriptions,
+        events: mut nothing,
+        running,
+    } = Client::start(server.client());
+    drop(subscriptions);
+    timeout(PATIENCE, running).await.expect("must end").unwrap();
+    assert!(nothing.recv().await.is_none());
 }

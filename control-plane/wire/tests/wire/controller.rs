@@ -288,7 +288,14 @@ impl AggregatedDiscoveryService for Service {
         let (responses, stream) = mpsc::channel(8);
         let script = self.0.clone();
         script.streams.send_modify(|streams| *streams += 1);
-        tokio::spawn(converse(script, request.into_inner(), responses));
+        let mut requests = request.into_inner();
+        // Nothing is answered, not even with headers, before the first request: the strictest
+        // server a client may meet.
+        let first = requests
+            .message()
+            .await?
+            .ok_or_else(|| Status::cancelled("no request"))?;
+        tokio::spawn(converse(script, first, requests, responses));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }
@@ -304,10 +311,13 @@ struct Told {
 
 async fn converse(
     script: Arc<Script>,
+    first: DeltaDiscoveryRequest,
     mut requests: Streaming<DeltaDiscoveryRequest>,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
 ) {
     let mut told = Told::default();
+    told.listen(&first);
+    script.seen.send_modify(|seen| seen.push(first));
     let mut world = script.world.subscribe();
     let mut cut = script.cut.subscribe();
     cut.mark_unchanged();
