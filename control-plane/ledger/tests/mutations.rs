@@ -252,3 +252,61 @@ fn a_checkpoint_from_the_future_or_with_an_old_certificate_is_refused() {
         "records live for years"
     );
 }
+
+/// Changes the first entry and computes all that follows anew; `rewrite` is what the forger makes
+/// of each checkpoint.
+fn forge(entries: &[Entry], rewrite: impl Fn(Checkpoint, Head) -> Checkpoint) -> Vec<Entry> {
+    let mut chain = Chain::begin(NODE);
+    let bodies = entries.iter().enumerate().map(|(n, entry)| {
+        let event = Record::decode(&entry.body).unwrap().event;
+        (n, event)
+    });
+    let mut forged = Vec::new();
+    for (n, event) in bodies {
+        let body = match event {
+            Event::Checkpoint(checkpoint) => {
+                record(Event::Checkpoint(rewrite(checkpoint, chain.head())))
+            }
+            _ if n == 0 => lost(999),
+            other => record(other),
+        };
+        forged.push(chain.append(body));
+    }
+    forged
+}
+
+#[test]
+fn a_forger_without_the_key_cannot_make_the_chain_hold_again() {
+    let world = World::new();
+    let entries = chain(12, &world.signer(GATE));
+    let problems = |entries: &[Entry]| verify(NODE, entries, &world.trust(), None, NOW).problems;
+    assert_eq!(problems(&entries), []);
+
+    let kept = forge(&entries, |checkpoint, _| checkpoint);
+    let found = problems(&kept);
+    assert!(
+        matches!(found[..], [Problem::CheckpointMismatch { .. }, ..]),
+        "{found:?}"
+    );
+
+    let rewritten = forge(&entries, |checkpoint, head| Checkpoint {
+        head: hex::encode(head.hash),
+        ..checkpoint
+    });
+    let found = problems(&rewritten);
+    assert!(
+        matches!(found[..], [Problem::BadCheckpoint { .. }, ..]),
+        "{found:?}"
+    );
+
+    let foreign = World::new().signer(GATE);
+    let resigned = forge(&entries, |_, head| {
+        Checkpoint::sign(&foreign, NODE, &head, NOW).unwrap()
+    });
+    let found = problems(&resigned);
+    assert!(
+        matches!(found[..], [Problem::BadCheckpoint { .. }, ..]),
+        "{found:?}"
+    );
+    assert_eq!(verify(NODE, &resigned, &world.trust(), None, NOW).sealed, 0);
+}
