@@ -125,7 +125,7 @@ struct Line {
     start: [u8; KEPT],
     length: usize,
     last: u8,
-    /// The bytes before the last nine, to tell ` HTTP/1.0` at the end of a long line.
+    /// The last ten bytes of a request line, to tell ` HTTP/1.0` however long it is.
     tail: [u8; 10],
 }
 
@@ -183,7 +183,7 @@ impl Scanner {
     fn take_line(&mut self, rest: &[u8]) -> Result<usize, (usize, Violation)> {
         let end = rest.iter().position(|byte| *byte == b'\n');
         let text = &rest[..end.unwrap_or(rest.len())];
-        self.line.push(text);
+        self.line.push(text, self.state == State::Start);
         let limit = match self.state {
             State::ChunkSize | State::ChunkEnd => MAX_CHUNK_LINE,
             _ => MAX_LINE,
@@ -318,18 +318,24 @@ impl Line {
         }
     }
 
-    fn push(&mut self, text: &[u8]) {
+    fn push(&mut self, text: &[u8], request_line: bool) {
         if self.length < KEPT {
             let room = &mut self.start[self.length..];
             let here = room.len().min(text.len());
             room[..here].copy_from_slice(&text[..here]);
         }
+        if request_line {
+            self.keep_tail(text);
+        }
+        self.length += text.len();
+        self.last = text.last().copied().unwrap_or(self.last);
+    }
+
+    fn keep_tail(&mut self, text: &[u8]) {
         for byte in &text[text.len().saturating_sub(self.tail.len())..] {
             self.tail.rotate_left(1);
             self.tail[9] = *byte;
         }
-        self.length += text.len();
-        self.last = text.last().copied().unwrap_or(self.last);
     }
 
     fn kept(&self) -> &[u8] {

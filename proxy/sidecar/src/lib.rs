@@ -24,6 +24,7 @@ pub mod observe;
 pub mod telemetry;
 
 mod balance;
+mod circuit;
 mod clock;
 mod data_plane;
 mod drain;

@@ -16,16 +16,10 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
-use turnpike_rules::traffic::Timeouts;
 
 use crate::{
-    endpoint::Endpoint,
-    error::ProxyError,
-    http::body::RequestBody,
-    limits::{Gauge, Permit},
-    shared::SharedService,
-    tls::Inside,
-    worker::Worker,
+    circuit::Circuit, endpoint::Endpoint, error::ProxyError, http::body::RequestBody,
+    limits::Permit, tls::Inside, worker::Worker,
 };
 
 /// Streams on one HTTP/2 connection before a second one is opened; the least that RFC 9113 §6.5.2
@@ -33,8 +27,6 @@ use crate::{
 const STREAMS: usize = 100;
 /// Idle HTTP/1 connections kept to one endpoint.
 const IDLE: usize = 64;
-/// How often a waiting request looks again whether another worker gave a connection back.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Runs hyper's tasks on the worker's own runtime.
 #[derive(Clone, Copy, Debug)]
@@ -44,21 +36,6 @@ impl<F: Future + 'static> Executor<F> for Local {
     fn execute(&self, future: F) {
         tokio::task::spawn_local(future);
     }
-}
-
-/// Connection limits of what is called, and those who wait for one.
-#[derive(Debug)]
-pub(crate) struct Circuit {
-    /// As errors name it.
-    pub(crate) name: String,
-    pub(crate) connections: Arc<Gauge>,
-    pub(crate) pending: Arc<Gauge>,
-    pub(crate) max_connections: Cell<u32>,
-    pub(crate) max_pending: Cell<u32>,
-    pub(crate) connect: Cell<Duration>,
-    pub(crate) pool_idle: Duration,
-    /// Told when a connection came back or ended.
-    pub(crate) released: Notify,
 }
 
 /// The connections themselves.
@@ -297,52 +274,6 @@ impl Opening {
     async fn wait(&self) -> Result<(), ProxyError> {
         self.done.notified().await;
         self.failed.borrow().clone().map_or(Ok(()), Err)
-    }
-}
-
-impl Circuit {
-    /// Counts in `shared`, without a limit, with the mesh's default connect timeout.
-    pub(crate) fn unlimited(name: &str, shared: &SharedService, pool_idle: Duration) -> Self {
-        Self {
-            name: name.to_owned(),
-            connections: shared.connections.clone(),
-            pending: shared.pending.clone(),
-            max_connections: Cell::new(u32::MAX),
-            max_pending: Cell::new(u32::MAX),
-            connect: Cell::new(Timeouts::default().connect),
-            pool_idle,
-            released: Notify::new(),
-        }
-    }
-
-    fn pending(&self) -> Result<Permit, ProxyError> {
-        let limit = self.max_pending.get();
-        self.pending
-            .try_acquire(limit)
-            .ok_or_else(|| self.overflow("waiting requests", limit))
-    }
-
-    pub(crate) fn overflow(&self, what: &'static str, limit: u32) -> ProxyError {
-        ProxyError::Overflow {
-            service: self.name.clone(),
-            what,
-            limit,
-        }
-    }
-
-    pub(crate) fn try_connection(&self) -> Option<Permit> {
-        self.connections.try_acquire(self.max_connections.get())
-    }
-
-    /// Waits for a connection to come free, no longer than connecting may take.
-    async fn wait_for_connection(&self) -> Result<(), ProxyError> {
-        let limit = self.max_connections.get();
-        if limit == 0 {
-            return Err(self.overflow("connections", limit));
-        }
-        // Another worker's connections do not notify this one.
-        let _ = tokio::time::timeout(LOOK_AGAIN, self.released.notified()).await;
-        Ok(())
     }
 }
 

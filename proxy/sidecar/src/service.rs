@@ -19,9 +19,9 @@ use turnpike_wire::names;
 
 use crate::{
     balance,
+    circuit::Circuit,
     endpoint::Endpoint,
     mesh::{EndpointView, ServiceView, ServiceWatch},
-    pool::Circuit,
     shared::SharedService,
     tls::Peer,
     worker::Worker,

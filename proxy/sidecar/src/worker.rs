@@ -24,13 +24,13 @@ use turnpike_rules::{ServiceKey, workload::Workload};
 
 use crate::{
     capture,
+    circuit::Circuit,
     drain::Stage,
     endpoint::Endpoint,
     inbound::Inbound,
     limits::Permit,
     observe::{Direction, Refusal, RefusalReason},
     outbound,
-    pool::Circuit,
     service::{self, Service},
     shared::{Shared, SharedService},
 };

@@ -40,6 +40,10 @@ pub(crate) struct Connection {
     pub(crate) active: Cell<u32>,
     /// When the last one ended, on the worker's clock.
     pub(crate) idle_since: Cell<Instant>,
+    /// Its place among the open connections; kept until its last request has ended, also one that
+    /// has left HTTP.
+    #[expect(dead_code, reason = "held for its drop")]
+    pub(crate) permit: Option<Permit>,
 }
 
 /// A request under way.

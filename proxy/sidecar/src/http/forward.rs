@@ -12,12 +12,13 @@ use super::{
     exchange::{Exchange, Finish},
 };
 use crate::{
+    circuit::Circuit,
     endpoint::Endpoint,
     error::{Fault, ProxyError, Retry},
     limits::Permit,
     mesh::ServiceView,
     observe::Flags,
-    pool::{Circuit, Failed, Lease, Pool},
+    pool::{Failed, Lease, Pool},
     retry::Plan,
     service::Port,
     shared::SharedService,

@@ -173,13 +173,14 @@ fn http2_server(head_bytes: u32, streams: u32) -> http2::Builder<Local> {
 /// Has the sweep look at the connection: is the client too slow, or gone quiet?
 fn watch(worker: &Worker, connection: &Rc<Connection>, watched: &Arc<Watched>) -> Rc<Ends> {
     let ends = Rc::new(Ends::default());
-    let (weak, connection, watched) = (Rc::downgrade(&ends), connection.clone(), watched.clone());
+    let (weak, connection) = (Rc::downgrade(&ends), Rc::downgrade(connection));
+    let watched = watched.clone();
     let clock = worker.shared.clock;
     let ms = |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
     let bounds = &worker.shared.config.bounds;
     let (head, idle) = (ms(bounds.head), ms(bounds.idle));
     worker.watch(move |now_ms| {
-        let Some(ends) = weak.upgrade() else {
+        let (Some(ends), Some(connection)) = (weak.upgrade(), connection.upgrade()) else {
             return false;
         };
         if connection.active.get() > 0 {

@@ -1,6 +1,6 @@
 //! The first bytes of an inbound connection: mesh TLS, the application's own TLS, or plaintext.
 
-use std::{net::SocketAddr, rc::Rc, time::Duration};
+use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{net::TcpStream, time::timeout};
@@ -17,13 +17,19 @@ use super::{Caller, reset};
 use crate::{
     capture::is_loop,
     io::{Flight, Rewind, first_flight, prepare, speaks},
+    limits::Permit,
     observe::{Direction, Refusal, RefusalReason},
     tls::{Inside, MESH_ALPN},
     worker::Worker,
 };
 
 /// Takes a connection to where it belongs.
-pub(super) async fn open(worker: &Rc<Worker>, stream: TcpStream, downstream: SocketAddr) {
+pub(super) async fn open(
+    worker: &Rc<Worker>,
+    stream: TcpStream,
+    downstream: SocketAddr,
+    permit: Permit,
+) {
     prepare(&stream);
     let refuse = |original, reason, details: &str| {
         let downstream = Some(downstream);
@@ -58,6 +64,7 @@ pub(super) async fn open(worker: &Rc<Worker>, stream: TcpStream, downstream: Soc
         identity: None,
         service: None,
         sni: None,
+        permit: Cell::new(Some(permit)),
     };
     caller.enter(stream).await;
 }

@@ -24,12 +24,13 @@ use turnpike_rules::{
 };
 
 use crate::{
+    circuit::Circuit,
     endpoint::Endpoint,
     error::ProxyError,
     http::exchange::Connection,
     io::Stream,
+    limits::Permit,
     observe::{Direction, Labels, Refusal, RefusalReason},
-    pool::Circuit,
     shared::{Shared, SharedService},
     tcp::Carried,
     tls::Inside,
@@ -110,10 +111,10 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
     let Accepted {
         stream,
         downstream,
-        permit: _permit,
+        permit,
         ..
     } = accepted;
-    door::open(worker, stream, downstream).await;
+    door::open(worker, stream, downstream, permit).await;
 }
 
 /// A caller that has been let in so far.
@@ -126,6 +127,8 @@ pub(crate) struct Caller {
     /// The Service that was called, by the mesh's server name.
     service: Option<ServiceKey>,
     sni: Option<String>,
+    /// Taken over by the connection once there is one to report on.
+    permit: Cell<Option<Permit>>,
 }
 
 impl Caller {
@@ -194,6 +197,7 @@ impl Caller {
             sni: self.sni.clone(),
             active: Cell::new(0),
             idle_since: Cell::new(self.worker.now()),
+            permit: self.permit.take(),
         })
     }
 

@@ -169,7 +169,7 @@ async fn large_bodies_pass_in_both_directions() {
 }
 
 /// Grants `Upgrade: echo` and sends back what comes, in upper case.
-async fn upgrading(mut request: Request<hyper::body::Incoming>) -> Response<Body> {
+pub(crate) async fn upgrading(mut request: Request<hyper::body::Incoming>) -> Response<Body> {
     if request
         .headers()
         .get("upgrade")
@@ -193,10 +193,11 @@ async fn upgrading(mut request: Request<hyper::body::Incoming>) -> Response<Body
         .unwrap()
 }
 
-#[tokio::test]
-async fn upgrades_pass_and_carry_bytes_of_their_own() {
-    let pair = Pair::new(serve(upgrading).await);
-    let mut client = http1(pair.caller.outbound()).await;
+pub(crate) type Tunnel = TokioIo<hyper::upgrade::Upgraded>;
+
+/// A connection that has left HTTP for `echo`.
+pub(crate) async fn upgraded(address: std::net::SocketAddr) -> Tunnel {
+    let mut client = http1(address).await;
     let request = Request::get("/")
         .header("host", "a")
         .header("connection", "upgrade");
@@ -204,13 +205,24 @@ async fn upgrades_pass_and_carry_bytes_of_their_own() {
     let mut response = client.send(request).await.unwrap();
     assert_eq!(response.status(), 101);
     assert_eq!(response.headers()["upgrade"], "echo");
-    let mut stream = TokioIo::new(hyper::upgrade::on(&mut response).await.unwrap());
+    TokioIo::new(hyper::upgrade::on(&mut response).await.unwrap())
+}
+
+pub(crate) async fn converse(stream: &mut Tunnel, word: &str) {
+    stream.write_all(word.as_bytes()).await.unwrap();
+    let mut answer = vec![0; word.len()];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer, word.to_ascii_uppercase().as_bytes());
+}
+
+#[tokio::test]
+async fn upgrades_pass_and_carry_bytes_of_their_own() {
+    let pair = Pair::new(serve(upgrading).await);
+    let mut stream = upgraded(pair.caller.outbound()).await;
     for word in ["bare\nline", "\0binary"] {
-        stream.write_all(word.as_bytes()).await.unwrap();
-        let mut answer = vec![0; word.len()];
-        stream.read_exact(&mut answer).await.unwrap();
-        assert_eq!(answer, word.to_ascii_uppercase().as_bytes());
+        converse(&mut stream, word).await;
     }
+    assert_eq!(pair.caller.plane.open_connections().1, 1);
     drop(stream);
     let line = pair.caller.seen.line(0).await;
     assert_eq!((line.status, line.received, line.sent), (101, 16, 16));

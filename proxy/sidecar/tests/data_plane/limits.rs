@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use turnpike_rules::{service::Protocol, traffic::CircuitBreaker};
 
 use crate::{
-    apps::{Body, empty, full, get, http1, http2, read, serve},
+    apps::{Body, empty, full, get, http1, http2, serve},
     world::{Pair, Setup, Sidecar, Trust, web},
 };
 
@@ -148,6 +148,22 @@ async fn a_response_that_never_ends_ends_with_its_timeout() {
     assert_eq!(caller.seen.line(0).await.flags, "UT");
 }
 
+#[tokio::test]
+async fn a_drain_waits_for_connections_that_left_http() {
+    let app = serve(crate::http::upgrading).await;
+    let pair = Pair::new(app);
+    let mut stream = crate::http::upgraded(pair.caller.outbound()).await;
+    let mut drained = tokio::spawn(pair.callee.plane.drain(Duration::from_secs(60)));
+    let pause = tokio::time::timeout(Duration::from_millis(500), &mut drained);
+    assert!(pause.await.is_err(), "it is still carried");
+    crate::http::converse(&mut stream, "hello").await;
+    drop(stream);
+    tokio::time::timeout(Duration::from_secs(10), drained)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
 trait Boxed {
     fn boxed_unsync_to_sync(self) -> Body;
 }
@@ -229,5 +245,4 @@ async fn outbound_stays_until_the_applications_last_connection_and_is_cut_at_the
         .unwrap();
     let request = Request::get("/").header("host", "a").body(empty()).unwrap();
     assert!(client.send(request).await.is_err(), "cut");
-    let _ = read;
 }

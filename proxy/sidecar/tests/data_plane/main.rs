@@ -4,6 +4,11 @@
 //! is told the one destination it stands for; an endpoint of the mesh is the callee's inbound
 //! listener.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends with what it did not expect"
+)]
+
 mod apps;
 mod bounds;
 mod http;

@@ -17,7 +17,7 @@ use turnpike_sidecar::observe::RefusalReason;
 
 use crate::{
     apps::{Body, empty, exchange, full, get, http1, read, serve},
-    world::{Pair, Setup, Trust, key, web},
+    world::{Pair, Setup, Trust, web},
 };
 
 async fn echo(request: Request<hyper::body::Incoming>) -> Response<Body> {
@@ -52,13 +52,7 @@ fn route(name: &str, prefix: &str, backends: &[(&str, u32)]) -> Route {
     }
 }
 
-#[tokio::test]
-async fn requests_follow_their_routes() {
-    let app = serve(echo).await;
-    let other =
-        serve(|_: Request<hyper::body::Incoming>| async { Response::new(full("other")) }).await;
-    let caller = Setup::caller().start(&Trust::new());
-    let mut view = web(&[(app, None)]);
+fn routes() -> RouteTable {
     let mut rewritten = route("rewritten", "/v1", &[("web", 1)]);
     rewritten.filters = vec![
         Filter::RequestHeaders(HeaderEdit {
@@ -89,8 +83,17 @@ async fn requests_follow_their_routes() {
         route("nothing", "/nothing", &[("web", 0)]),
         route("missing", "/missing", &[("absent", 1)]),
     ];
-    let routes = routes.into_iter().map(Arc::new).collect();
-    view.service.ports[0].routes = RouteTable::new(routes);
+    RouteTable::new(routes.into_iter().map(Arc::new).collect())
+}
+
+#[tokio::test]
+async fn requests_follow_their_routes() {
+    let app = serve(echo).await;
+    let other =
+        serve(|_: Request<hyper::body::Incoming>| async { Response::new(full("other")) }).await;
+    let caller = Setup::caller().start(&Trust::new());
+    let mut view = web(&[(app, None)]);
+    view.service.ports[0].routes = routes();
     caller.known.set_service(view);
     let mut elsewhere = web(&[(other, None)]);
     elsewhere.service.key = ServiceKey::new("cluster", "shop", "other");
@@ -291,5 +294,4 @@ async fn a_response_under_way_ends_when_its_authorization_is_withdrawn() {
         body.frame().await.unwrap().is_err(),
         "what came after the change is not passed on"
     );
-    let _ = key();
 }

@@ -14,7 +14,7 @@ use http_body_util::BodyExt;
 use turnpike_rules::traffic::{OutlierEjection, Retry, RetryBudget, RetryConditions};
 
 use crate::{
-    apps::{Body, empty, full, get, http1, http2, nowhere, raw, read, serve},
+    apps::{full, get, http1, http2, nowhere, raw, read, serve},
     world::{Pair, Setup, Sidecar, Trust, web},
 };
 
@@ -333,6 +333,4 @@ async fn a_pod_called_by_its_address_keeps_being_called() {
     let reason = turnpike_sidecar::observe::RefusalReason::ServerName;
     let details = pair.callee.seen.refusal(reason).await;
     assert!(details.contains(".web-uid.pod.turnpike"), "{details}");
-    let _ = empty();
-    let _: Option<Body> = None;
 }

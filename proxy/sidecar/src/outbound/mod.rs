@@ -1,38 +1,36 @@
 //! What the application sends: found in the mesh, routed, balanced; or passed on as it is.
 
-use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc};
+mod http;
 
-use bytes::Bytes;
-use http::{Request, Response, request::Parts};
-use hyper::body::Incoming;
-use tokio::net::TcpStream;
-use turnpike_detect::Detection;
-use turnpike_rules::{
-    ServiceKey,
-    route::{RequestView, Route},
-    service::Protocol,
-    traffic::Timeouts,
-    workload::Workload,
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
 };
 
+use bytes::Bytes;
+use tokio::net::TcpStream;
+use turnpike_detect::Detection;
+use turnpike_rules::{ServiceKey, service::Protocol, traffic::Timeouts, workload::Workload};
+
+use self::http::{Outbound, Target};
 use crate::{
     capture::is_loop,
+    circuit::Circuit,
     endpoint::Endpoint,
-    error::{ProxyError, RequestKind, outbound_response},
+    error::ProxyError,
     http::{
-        self as proxy, Handler,
-        body::ResponseBody,
-        exchange::{Connection, Exchange, Finish},
-        filters,
-        forward::{Destination, Picker, Policy, forward},
-        headers::{self, Checked},
-        upgrade::Asked,
+        self as proxy,
+        exchange::Connection,
+        forward::{Picker, Policy},
     },
     io::{Flight, Rewind, connect, first_flight, prepare, speaks},
+    limits::Permit,
     mesh::Lookup,
     observe::{Direction, Flags, Labels, Refusal, RefusalReason},
-    pool::Circuit,
-    service::{Port, Service, is_server_first},
+    service::{Port, is_server_first},
     shared::SharedService,
     tcp::Carried,
     tls::Inside,
@@ -44,7 +42,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
     let Accepted {
         stream,
         downstream,
-        permit: _permit,
+        permit,
         ..
     } = accepted;
     prepare(&stream);
@@ -80,6 +78,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
         stream,
         downstream,
         original,
+        permit: Cell::new(Some(permit)),
     };
     match worker.shared.mesh.destination(original.ip()).await {
         Lookup::Unknown => client.pass_through().await,
@@ -118,6 +117,8 @@ struct Client {
     stream: TcpStream,
     downstream: SocketAddr,
     original: SocketAddr,
+    /// Taken over by the connection once that is more than bytes to look at.
+    permit: Cell<Option<Permit>>,
 }
 
 /// What the client speaks, with what was read to find out.
@@ -143,8 +144,9 @@ impl Client {
             original: self.original,
             peer: None,
             sni: None,
-            active: std::cell::Cell::new(0),
-            idle_since: std::cell::Cell::new(self.worker.now()),
+            active: Cell::new(0),
+            idle_since: Cell::new(self.worker.now()),
+            permit: self.permit.take(),
         })
     }
 
@@ -290,12 +292,12 @@ impl Client {
 
     async fn serve_http(self, target: Target, http2: bool, read: Bytes) {
         let connection = self.connection();
-        let handler = Outbound {
-            worker: self.worker.clone(),
-            connection: connection.clone(),
+        let handler = Outbound::new(
+            self.worker.clone(),
+            connection.clone(),
             target,
-            original: self.original,
-        };
+            self.original,
+        );
         let stream = Rewind::new(read, self.stream);
         proxy::serve(&self.worker, stream, http2, Rc::new(handler), connection).await;
     }
@@ -403,277 +405,5 @@ impl Direct {
                 }
             }
         }
-    }
-}
-
-enum Target {
-    Service {
-        service: RefCell<Rc<Service>>,
-        port: u16,
-    },
-    Pod(Direct),
-}
-
-/// Answers the requests of one connection of the application.
-struct Outbound {
-    worker: Rc<Worker>,
-    connection: Rc<Connection>,
-    target: Target,
-    original: SocketAddr,
-}
-
-impl Handler for Outbound {
-    async fn call(self: Rc<Self>, request: Request<Incoming>) -> Response<ResponseBody> {
-        let (mut parts, body) = request.into_parts();
-        let http2 = parts.version == http::Version::HTTP_2;
-        let checked = headers::check(&mut parts);
-        let (checked, refused) = match checked {
-            Ok(checked) => (checked, None),
-            Err(error) => (Checked::default(), Some(error)),
-        };
-        let now = self.worker.now();
-        let mut exchange = Exchange::begin(&self.connection, now, &mut parts, &checked);
-        let kind = RequestKind {
-            grpc: checked.grpc,
-            http2,
-        };
-        let answered = match refused {
-            Some(error) => Err(error),
-            None => self.answer(parts, body, &checked, &mut exchange).await,
-        };
-        let mut response = match answered {
-            Ok(Answer::Forwarded(finishing)) => {
-                return finishing.finish(&self.worker, exchange, http2);
-            }
-            Ok(Answer::Own(response)) => response,
-            Err(error) => {
-                exchange.failed(&error);
-                outbound_response(&error, kind)
-            }
-        };
-        exchange.responded(response.status(), response.headers());
-        let finish = Box::new(Finish::new(exchange));
-        response = response.map(|body| body.ending_in(finish));
-        response
-    }
-}
-
-/// What becomes of a request.
-enum Answer {
-    Own(Response<ResponseBody>),
-    Forwarded(Forwarded),
-}
-
-struct Forwarded {
-    answered: proxy::forward::Answered,
-    route: Option<Arc<Route>>,
-    backend: usize,
-    asked: Option<Asked>,
-}
-
-impl Forwarded {
-    fn finish(
-        mut self,
-        worker: &Rc<Worker>,
-        mut exchange: Exchange,
-        http2: bool,
-    ) -> Response<ResponseBody> {
-        let endpoint = &self.answered.endpoint;
-        let grpc = exchange.grpc;
-        exchange.series = Some(endpoint.http_series(&*worker.shared.observer, grpc));
-        exchange.callee = endpoint.identity().cloned();
-        exchange.service = endpoint.service.clone();
-        let response = &mut self.answered.response;
-        exchange.responded(response.status(), response.headers());
-        if let Some(route) = &self.route {
-            filters::on_response(&route.filters, response.headers_mut());
-            if let Some(backend) = route.backends.get(self.backend) {
-                filters::on_response(&backend.filters, response.headers_mut());
-            }
-        }
-        exchange.route = self.route;
-        if let Some(asked) = self.asked {
-            return asked.answer(worker, self.answered, exchange, http2);
-        }
-        let mut response = self.answered.into_response(exchange);
-        headers::strip_hop(response.headers_mut());
-        response
-    }
-}
-
-impl Outbound {
-    async fn answer(
-        &self,
-        mut parts: Parts,
-        body: Incoming,
-        checked: &Checked,
-        exchange: &mut Exchange,
-    ) -> Result<Answer, ProxyError> {
-        let mut to = match &self.target {
-            Target::Pod(direct) => Destination {
-                picker: Picker::Only(direct.endpoint.clone()),
-                circuit: direct.circuit.clone(),
-                shared: direct.shared.clone(),
-                policy: direct.policy.clone(),
-                route: None,
-            },
-            Target::Service { service, port } => {
-                let (service, port) = self.current(service, *port).await?;
-                destination(&service, port)
-            }
-        };
-        let mut backend = 0;
-        if let Some(routed) = self.route(&to, &mut parts, checked)? {
-            match routed {
-                Routed::Redirected(response) => return Ok(Answer::Own(response)),
-                Routed::To(route) => {
-                    exchange.route = Some(route.clone());
-                    (to, backend) = self.backend(route, &mut parts).await?;
-                }
-            }
-        }
-        // Known before a response is: failures count for the Service too.
-        exchange.service = match &to.picker {
-            Picker::Among(port) => Some(port.view.service.key.clone()),
-            Picker::Only(endpoint) => endpoint.service.clone(),
-        };
-        let asked = if checked.upgrade {
-            Asked::take(&mut parts)
-        } else {
-            None
-        };
-        let forwarded = forward(
-            &self.worker,
-            &to,
-            parts,
-            body,
-            exchange,
-            checked.upgrade || asked.is_some(),
-        );
-        match forwarded.await {
-            Ok(answered) => {
-                let route = to.route;
-                Ok(Answer::Forwarded(Forwarded {
-                    answered,
-                    route,
-                    backend,
-                    asked,
-                }))
-            }
-            Err(error) => {
-                let observer = &*self.worker.shared.observer;
-                let endpoint = to.picker.pick(&self.worker, &[]);
-                exchange.series = endpoint.map(|e| e.http_series(observer, exchange.grpc));
-                Err(error)
-            }
-        }
-    }
-
-    /// The Service as it is now, asked for again if it went away.
-    async fn current(
-        &self,
-        held: &RefCell<Rc<Service>>,
-        port: u16,
-    ) -> Result<(Rc<Service>, Rc<Port>), ProxyError> {
-        let service = held.borrow().clone();
-        let no_port = || ProxyError::NoPort {
-            service: service.key.clone(),
-            port,
-        };
-        if let Ok(found) = service.port(&self.worker, port) {
-            return Ok((service.clone(), found.ok_or_else(no_port)?));
-        }
-        self.worker.forget(&service);
-        let again = self.worker.service(&service.key).await;
-        let again = again.ok_or_else(|| ProxyError::NoService(service.key.clone()))?;
-        *held.borrow_mut() = again.clone();
-        match again.port(&self.worker, port) {
-            Ok(found) => Ok((again, found.ok_or_else(no_port)?)),
-            Err(_) => Err(ProxyError::NoService(service.key.clone())),
-        }
-    }
-
-    /// The route for a request; `None` where the Service has none and takes all itself.
-    fn route(
-        &self,
-        to: &Destination,
-        parts: &mut Parts,
-        checked: &Checked,
-    ) -> Result<Option<Routed>, ProxyError> {
-        let Picker::Among(port) = &to.picker else {
-            return Ok(None);
-        };
-        let table = &port.declared().routes;
-        if table.routes.is_empty() {
-            return Ok(None);
-        }
-        let path = headers::normal_path(&parts.uri)?;
-        let host = checked.host.as_ref();
-        let view = RequestView {
-            method: parts.method.as_str(),
-            host: host.and_then(|host| host.name()),
-            path: &path,
-            headers: &parts.headers,
-            query: parts.uri.query(),
-        };
-        let Some(route) = table.find(&view).cloned() else {
-            let service = port.view.service.key.clone();
-            return Err(ProxyError::NoRoute {
-                service,
-                port: port.port,
-            });
-        };
-        let host = host.map(ToString::to_string);
-        let host = host.unwrap_or_else(|| self.original.ip().to_string());
-        if let Some(response) = filters::redirected(&route, &parts.uri, &path, &host, port.port) {
-            return Ok(Some(Routed::Redirected(response)));
-        }
-        if path != parts.uri.path() {
-            let path = path.into_owned();
-            headers::set_path(&mut parts.uri, &path)?;
-        }
-        filters::on_request(&route.filters, &route, parts)?;
-        Ok(Some(Routed::To(route)))
-    }
-
-    /// One of a route's backends by weight, with its own filters applied.
-    async fn backend(
-        &self,
-        route: Arc<Route>,
-        parts: &mut Parts,
-    ) -> Result<(Destination, usize), ProxyError> {
-        let Some(backend) = route.pick(fastrand::u32(..)) else {
-            return Err(ProxyError::NoBackend {
-                route: route.name.clone(),
-            });
-        };
-        let index = route
-            .backends
-            .iter()
-            .position(|each| std::ptr::eq(each, backend));
-        filters::on_request(&backend.filters, &route, parts)?;
-        let service = self.worker.service(&backend.service).await;
-        let service = service.ok_or_else(|| ProxyError::NoService(backend.service.clone()))?;
-        let held = RefCell::new(service);
-        let (service, port) = self.current(&held, backend.port).await?;
-        let mut to = destination(&service, port);
-        to.route = Some(route.clone());
-        Ok((to, index.unwrap_or(0)))
-    }
-}
-
-enum Routed {
-    To(Arc<Route>),
-    Redirected(Response<ResponseBody>),
-}
-
-fn destination(service: &Rc<Service>, port: Rc<Port>) -> Destination {
-    service.make_room();
-    Destination {
-        circuit: service.circuit.clone(),
-        shared: service.shared.clone(),
-        policy: Policy::OfService(port.view.clone()),
-        picker: Picker::Among(port),
-        route: None,
     }
 }
