@@ -151,7 +151,10 @@ impl TryFrom<Args> for Settings {
         let identity = Identity::new(trust_domain, pod_namespace.as_str(), service_account)
             .context("TURNPIKE_TRUST_DOMAIN, POD_NAMESPACE and SERVICE_ACCOUNT")?;
         anyhow::ensure!(!pod_uid.is_empty(), "POD_UID is empty; injection sets it");
-        anyhow::ensure!(otlp_interval_ms > 0, "OTEL_METRIC_EXPORT_INTERVAL must be above 0");
+        anyhow::ensure!(
+            otlp_interval_ms > 0,
+            "OTEL_METRIC_EXPORT_INTERVAL must be above 0"
+        );
         let otlp = otlp_endpoint.filter(|endpoint| !endpoint.is_empty());
         Ok(Self {
             control: ControlConfig {
@@ -167,7 +170,11 @@ impl TryFrom<Args> for Settings {
                 identity,
                 state_dir,
             },
-            data_plane: Config { pod_addresses: pod_ip, workers, ..Config::default() },
+            data_plane: Config {
+                pod_addresses: pod_ip,
+                workers,
+                ..Config::default()
+            },
             drain: Duration::from_secs(drain_seconds),
             pod: Pod {
                 name: pod_name,
@@ -201,7 +208,14 @@ fn main() -> ExitCode {
 }
 
 async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
-    let Settings { control, data_plane, drain, pod, otlp, json_log: _ } = settings;
+    let Settings {
+        control,
+        data_plane,
+        drain,
+        pod,
+        otlp,
+        json_log: _,
+    } = settings;
     let cluster = control.cluster.clone();
     let mut stop = Stop::listen()?;
     let admin = Admin::bind(&AdminConfig::default())?;
@@ -225,7 +239,12 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
     // Set once: this function runs once.
     let _ = state.telemetry.set(telemetry.clone());
     let credentials = control.credentials().clone();
-    let mesh = Mesh::new(own, Arc::new(control.store().clone()), credentials, &cluster);
+    let mesh = Mesh::new(
+        own,
+        Arc::new(control.store().clone()),
+        credentials,
+        &cluster,
+    );
     let traffic = DataPlane::start(data_plane, mesh, telemetry.clone())?;
     state.phase.send_replace(Phase::Serving);
     tracing::info!(pod = pod.name, namespace = pod.namespace, "serving");
@@ -271,9 +290,18 @@ fn exports(
     endpoint: String,
     interval: Duration,
 ) -> OtlpConfig {
-    let Pod { name, namespace, uid, node } = pod;
+    let Pod {
+        name,
+        namespace,
+        uid,
+        node,
+    } = pod;
     let workload = own.borrow().workload.to_string();
-    let service = if workload.is_empty() { name.clone() } else { workload };
+    let service = if workload.is_empty() {
+        name.clone()
+    } else {
+        workload
+    };
     let resource = vec![
         ("service.name", service),
         ("service.namespace", namespace.clone()),
@@ -283,7 +311,11 @@ fn exports(
         ("k8s.pod.uid", uid.clone()),
         ("k8s.node.name", node.clone()),
     ];
-    OtlpConfig { endpoint, interval, resource }
+    OtlpConfig {
+        endpoint,
+        interval,
+        resource,
+    }
 }
 
 /// Logs to standard error; standard output is the access log's.
@@ -296,7 +328,10 @@ fn start_log(json: bool) -> anyhow::Result<SetLevel> {
     } else {
         lines.with_filter(filter).boxed()
     };
-    tracing_subscriber::registry().with(lines).try_init().context("starting the log")?;
+    tracing_subscriber::registry()
+        .with(lines)
+        .try_init()
+        .context("starting the log")?;
     Ok(Box::new(move |level| {
         let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
         handle.reload(filter).map_err(|error| error.to_string())
@@ -313,7 +348,10 @@ impl Stop {
     fn listen() -> anyhow::Result<Self> {
         let on = |kind| signal(kind).context("listening for signals");
         let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
-        Ok(Self { terminate: on(terminate)?, interrupt: on(interrupt)? })
+        Ok(Self {
+            terminate: on(terminate)?,
+            interrupt: on(interrupt)?,
+        })
     }
 
     async fn asked(&mut self) {

@@ -127,6 +127,8 @@ pub struct HttpRecord<'a> {
     pub host: Option<&'a str>,
     pub user_agent: Option<&'a HeaderValue>,
     pub request_id: Option<&'a HeaderValue>,
+    /// The trace context that went on with the request.
+    pub traceparent: Option<&'a HeaderValue>,
     /// 0 where no response was begun.
     pub status: u16,
     pub grpc_status: Option<u32>,

@@ -18,6 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+use super::trace::trace_ids;
 use crate::observe::{AccessRecord, Direction, HttpRecord, Refusal};
 
 /// Lines that wait to be written. Full (the reader of stdout is slow): new lines are dropped and
@@ -159,6 +160,8 @@ struct Line<'a> {
     attempts: u32,
     user_agent: Option<String>,
     request_id: Option<String>,
+    trace_id: Option<&'a str>,
+    span_id: Option<&'a str>,
     authority: Option<&'a str>,
     #[serde(serialize_with = "shown_option")]
     upstream_host: Option<std::net::SocketAddr>,
@@ -193,6 +196,10 @@ impl<'a> Line<'a> {
             sni,
         } = record;
         let http = http.as_ref();
+        let trace = http
+            .and_then(|http| http.traceparent)
+            .and_then(|value| value.to_str().ok());
+        let trace = trace.and_then(trace_ids);
         let port = original.port();
         let upstream_cluster = match (direction, service) {
             (Direction::Inbound, _) => format!("inbound|{port}||"),
@@ -220,6 +227,8 @@ impl<'a> Line<'a> {
             attempts: *attempts,
             user_agent: http.and_then(|http| http.user_agent).map(lossy),
             request_id: http.and_then(|http| http.request_id).map(lossy),
+            trace_id: trace.map(|(trace, _)| trace),
+            span_id: trace.map(|(_, span)| span),
             authority: http.and_then(|http| http.host),
             upstream_host: *upstream,
             upstream_cluster,
@@ -390,6 +399,8 @@ mod tests {
         );
         let agent = HeaderValue::from_bytes(b"curl\xff\t{\"a\":1}").unwrap();
         let id = HeaderValue::from_static("3f1c");
+        let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+        let traceparent = HeaderValue::from_str(&format!("00-{trace}-{span}-01")).unwrap();
         let service = ServiceKey::new("cluster", "bank", "pay");
         let identity = Identity::new("cluster.local", "bank", "pay").unwrap();
         let http = HttpRecord {
@@ -399,6 +410,7 @@ mod tests {
             host: Some("pay\r\nx: y"),
             user_agent: Some(&agent),
             request_id: Some(&id),
+            traceparent: Some(&traceparent),
             status: 503,
             grpc_status: None,
         };
@@ -419,6 +431,8 @@ mod tests {
             ("response_code_details", "connect failed\r\n: \"refused\""),
             ("authority", "pay\r\nx: y"),
             ("request_id", "3f1c"),
+            ("trace_id", trace),
+            ("span_id", span),
             ("upstream_host", "10.0.0.2:8080"),
             (
                 "upstream_cluster",

@@ -181,6 +181,13 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     }
 }
 
+/// The trace's and the span's number in a `traceparent` that is as it should be.
+pub(super) fn trace_ids(traceparent: &str) -> Option<(&str, &str)> {
+    read_w3c(traceparent)?;
+    let mut parts = traceparent.split('-').skip(1);
+    Some((parts.next()?, parts.next()?))
+}
+
 /// Source: <https://www.w3.org/TR/trace-context/#traceparent-header>.
 fn read_w3c(value: &str) -> Option<Parent> {
     let mut parts = value.split('-');

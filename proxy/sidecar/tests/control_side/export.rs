@@ -1,6 +1,10 @@
 //! OTLP to a real collector in this process.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use http::{HeaderMap, Method, Uri, Version};
 use opentelemetry_proto::tonic::{
@@ -126,25 +130,32 @@ fn record<'a>(direction: Direction, http: HttpRecord<'a>) -> AccessRecord<'a> {
     }
 }
 
+/// The request of the test, as it ended.
+fn http(status: u16) -> HttpRecord<'static> {
+    static URI: LazyLock<Uri> = LazyLock::new(|| "http://pay/charge?id=7".parse().unwrap());
+    HttpRecord {
+        method: &Method::GET,
+        uri: &URI,
+        version: Version::HTTP_11,
+        host: Some("pay"),
+        user_agent: None,
+        request_id: None,
+        traceparent: None,
+        status,
+        grpc_status: None,
+    }
+}
+
+fn attribute(span: &Span, key: &str) -> Option<String> {
+    let found = span.attributes.iter().find(|a| a.key == key)?;
+    Some(format!("{:?}", found.value.as_ref()?.value.as_ref()?))
+}
+
 #[tokio::test]
 async fn one_request_is_one_trace_across_two_proxies() {
     let (collector, address) = Collector::start().await;
     let (front, _) = proxy("front", address);
     let (back, _) = proxy("back", address);
-    let (method, uri) = (
-        Method::GET,
-        "http://pay/charge?id=7".parse::<Uri>().unwrap(),
-    );
-    let http = |status| HttpRecord {
-        method: &method,
-        uri: &uri,
-        version: Version::HTTP_11,
-        host: Some("pay"),
-        user_agent: None,
-        request_id: None,
-        status,
-        grpc_status: None,
-    };
 
     // The headers travel from the one to the other.
     let mut headers = HeaderMap::new();
@@ -167,36 +178,33 @@ async fn one_request_is_one_trace_across_two_proxies() {
     let mut spans = collector.spans.subscribe();
     let all = timeout(PATIENCE, spans.wait_for(|spans| spans.len() == 3)).await;
     let all = all.expect("three spans").unwrap().clone();
-    let of = |kind: SpanKind, workload: &str| -> Vec<Span> {
-        let mine = all
+    let one = |kind: SpanKind, workload: &str, name: &str| -> Span {
+        let is = |span: &Span| span.kind == i32::from(kind) && span.name == name;
+        let mut found = all
             .iter()
-            .filter(|(name, span)| name.contains(workload) && span.kind == i32::from(kind));
-        mine.map(|(_, span)| span.clone()).collect()
+            .filter(|(from, span)| from.contains(workload) && is(span));
+        found
+            .next()
+            .unwrap_or_else(|| panic!("no {name} in {all:#?}"))
+            .1
+            .clone()
     };
-    let client = of(SpanKind::Client, "front");
-    let (aborted, client): (Vec<_>, Vec<_>) =
-        client.into_iter().partition(|span| span.name == "request");
-    let server = of(SpanKind::Server, "back").pop().unwrap();
-    let client = &client[0];
+    let client = one(SpanKind::Client, "front", "GET");
+    let server = one(SpanKind::Server, "back", "GET");
+    let aborted = one(SpanKind::Client, "front", "request");
     assert_eq!(client.trace_id, server.trace_id, "one trace");
     assert_eq!(
         server.parent_span_id, client.span_id,
         "the callee's span is the caller's child"
     );
     assert!(client.parent_span_id.is_empty());
-    assert_eq!(aborted.len(), 1);
-    assert_ne!(aborted[0].trace_id, client.trace_id);
-    assert_eq!((client.name.as_str(), server.name.as_str()), ("GET", "GET"));
-    let attribute = |span: &Span, key: &str| {
-        let found = span.attributes.iter().find(|a| a.key == key)?;
-        Some(format!("{:?}", found.value.as_ref()?.value.as_ref()?))
-    };
+    assert_ne!(aborted.trace_id, client.trace_id);
     assert_eq!(
-        attribute(client, "http.request.method").unwrap(),
+        attribute(&client, "http.request.method").unwrap(),
         "StringValue(\"GET\")"
     );
     assert_eq!(
-        attribute(client, "http.response.status_code").unwrap(),
+        attribute(&client, "http.response.status_code").unwrap(),
         "IntValue(200)"
     );
     assert_eq!(
@@ -207,7 +215,7 @@ async fn one_request_is_one_trace_across_two_proxies() {
         attribute(&server, "error.type").unwrap(),
         "StringValue(\"503\")"
     );
-    assert_eq!(attribute(client, "error.type"), None);
+    assert_eq!(attribute(&client, "error.type"), None);
     let last = headers["traceparent"].to_str().unwrap();
     let hex = |id: &[u8]| {
         id.iter()
