@@ -27,7 +27,7 @@ pub struct PrimaryEni {
     pub mac: Mac,
     /// The node's address: source of probes, target of SNAT.
     pub address: Ipv4Addr,
-    /// Probes over IPv6 come from here.
+    /// Its IPv6 address; with `address` it is what goes into [`PodPlan::node`].
     pub address6: Option<Ipv6Addr>,
 }
 

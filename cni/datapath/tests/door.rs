@@ -1,6 +1,8 @@
 //! The gate's place in the rules: connections of a selected pod arrive at its door, and what it dials
 //! for the pod leaves with the pod's own address.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it cannot do")]
+
 mod rig;
 
 use std::{
@@ -247,65 +249,32 @@ fn translated_where_the_node_translates_and_still_the_gates() {
     caller.unwrap();
 }
 
-#[test]
-fn nobody_else_dials_with_a_pods_address() {
-    let (world, datapath, _pods) = scene("dial", None);
-    let at: SocketAddr = (INTERNET, 443).into();
-    let cases: [(&str, SocketAddr, SocketAddr, u32, u32, bool); 8] = [
-        (
-            "the gate",
-            (pod4(6), 0).into(),
-            at,
-            marks::GATE_UID,
-            marks::DIAL_PERMIT,
-            true,
-        ),
-        (
-            "without a permit",
-            (pod4(6), 0).into(),
-            at,
-            marks::GATE_UID,
-            0,
-            false,
-        ),
-        (
-            "with another mark",
-            (pod4(6), 0).into(),
-            at,
-            marks::GATE_UID,
-            0x100_0000,
-            false,
-        ),
-        (
-            "as root",
-            (pod4(6), 0).into(),
-            at,
-            0,
-            marks::DIAL_PERMIT,
-            false,
-        ),
-        (
-            "as the sidecar",
-            (pod4(6), 0).into(),
-            at,
-            1337,
-            marks::DIAL_PERMIT,
-            false,
-        ),
+type Dial = (&'static str, SocketAddr, SocketAddr, u32, u32, bool);
+
+/// From and to where, as which user, with which mark, and whether it may.
+fn dials() -> [Dial; 8] {
+    let (pod, at): (SocketAddr, SocketAddr) = ((pod4(6), 0).into(), (INTERNET, 443).into());
+    let (gate, permit) = (marks::GATE_UID, marks::DIAL_PERMIT);
+    [
+        ("the gate", pod, at, gate, permit, true),
+        ("without a permit", pod, at, gate, 0, false),
+        ("with another mark", pod, at, gate, 0x100_0000, false),
+        ("as root", pod, at, 0, permit, false),
+        ("as the sidecar", pod, at, 1337, permit, false),
         (
             "to the metadata service",
-            (pod4(6), 0).into(),
+            pod,
             ([169, 254, 169, 254], 80).into(),
-            marks::GATE_UID,
-            marks::DIAL_PERMIT,
+            gate,
+            permit,
             false,
         ),
         (
             "to another pod of the node",
-            (pod4(6), 0).into(),
-            (pod4(5), 80).into(),
-            marks::GATE_UID,
-            marks::DIAL_PERMIT,
+            pod,
+            (pod4(7), 80).into(),
+            gate,
+            permit,
             false,
         ),
         (
@@ -316,8 +285,17 @@ fn nobody_else_dials_with_a_pods_address() {
             0,
             true,
         ),
-    ];
-    greet(&world.outside, ([169, 254, 169, 254], 80));
+    ]
+}
+
+#[test]
+fn nobody_else_dials_with_a_pods_address() {
+    let (world, datapath, _pods) = scene("dial", None);
+    let bystander = world.pod(7);
+    bystander.apply(&world, &datapath);
+    for listener in [&world.outside, &bystander.netns] {
+        greet(listener, (ANY, 80));
+    }
     let unrecorded = || {
         world
             .wait(datapath.counts())
@@ -325,7 +303,7 @@ fn nobody_else_dials_with_a_pods_address() {
             .output_unrecorded
             .packets
     };
-    for (what, from, to, uid, mark, allowed) in cases {
+    for (what, from, to, uid, mark, allowed) in dials() {
         let before = unrecorded();
         let outcome = world.node.run(move || dial(from, to, uid, mark).map(drop));
         assert_eq!(outcome.is_ok(), allowed, "{what}: {outcome:?}");

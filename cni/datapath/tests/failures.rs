@@ -1,5 +1,7 @@
 //! An ADD that fails, at whichever step, leaves the node and the pod as they were.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it cannot do")]
+
 mod rig;
 
 use std::{io::Write as _, process::Stdio, time::Duration};

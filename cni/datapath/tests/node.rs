@@ -1,5 +1,7 @@
 //! The node's own part: laid once or many times, over anything, and mended.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it cannot do")]
+
 mod rig;
 
 use std::{

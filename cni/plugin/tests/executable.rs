@@ -1,5 +1,7 @@
 //! The real executable, as a runtime runs it, against an agent on a Unix socket.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it cannot do")]
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -293,67 +295,69 @@ fn version_needs_neither_agent_nor_configuration() {
     }
 }
 
+type Spoil = fn(&mut Variables, &mut Value);
+
 /// What is wrong with the input, and the code it must be refused with.
+const MALFORMED: &[(&str, u32, Spoil)] = &[
+    ("no command", 4, |v, _| drop(v.remove("CNI_COMMAND"))),
+    ("unknown command", 4, |v, _| {
+        drop(v.insert("CNI_COMMAND", "add".into()))
+    }),
+    ("no container", 4, |v, _| drop(v.remove("CNI_CONTAINERID"))),
+    ("empty container", 4, |v, _| {
+        drop(v.insert("CNI_CONTAINERID", String::new()))
+    }),
+    ("container as path", 4, |v, _| {
+        drop(v.insert("CNI_CONTAINERID", "../../etc".into()))
+    }),
+    ("container too long", 4, |v, _| {
+        drop(v.insert("CNI_CONTAINERID", "c".repeat(201)))
+    }),
+    ("no interface", 4, |v, _| drop(v.remove("CNI_IFNAME"))),
+    ("interface as path", 4, |v, _| {
+        drop(v.insert("CNI_IFNAME", "a/b".into()))
+    }),
+    ("interface with space", 4, |v, _| {
+        drop(v.insert("CNI_IFNAME", "eth 0".into()))
+    }),
+    ("interface too long", 4, |v, _| {
+        drop(v.insert("CNI_IFNAME", "sixteencharacter".into()))
+    }),
+    ("no netns", 4, |v, _| drop(v.remove("CNI_NETNS"))),
+    ("missing netns", 3, |v, _| {
+        drop(v.insert("CNI_NETNS", "/run/netns/tpt-none".into()))
+    }),
+    ("no arguments", 4, |v, _| drop(v.remove("CNI_ARGS"))),
+    ("no pod name", 4, |v, _| {
+        drop(v.insert("CNI_ARGS", "K8S_POD_NAMESPACE=shop".into()))
+    }),
+    ("malformed arguments", 4, |v, _| {
+        drop(v.insert("CNI_ARGS", "K8S_POD_NAME".into()))
+    }),
+    ("not an object", 7, |_, c| *c = json!([1])),
+    ("no version", 1, |_, c| c["cniVersion"] = "".into()),
+    ("old version", 1, |_, c| c["cniVersion"] = "0.3.1".into()),
+    ("future version", 1, |_, c| c["cniVersion"] = "2.0.0".into()),
+    ("version not text", 7, |_, c| c["cniVersion"] = 1.into()),
+    ("no name", 7, |_, c| c["name"] = "".into()),
+    ("strange name", 7, |_, c| c["name"] = "a b".into()),
+    ("relative socket", 7, |_, c| {
+        c["agentSocket"] = "cni.sock".into()
+    }),
+    ("socket not text", 7, |_, c| c["agentSocket"] = 3.into()),
+    ("no time", 7, |_, c| c["timeoutSeconds"] = 0.into()),
+    ("endless time", 7, |_, c| c["timeoutSeconds"] = 601.into()),
+    ("negative time", 7, |_, c| c["timeoutSeconds"] = (-1).into()),
+    ("unknown field", 2, |_, c| c["ipMasq"] = true.into()),
+    ("other's addresses", 2, |_, c| {
+        c["ipam"] = json!({"type": "host-local"})
+    }),
+];
+
 #[test]
 fn malformed_input_is_refused_before_the_agent_hears_of_it() {
     let world = World::new();
-    type Spoil = fn(&mut Variables, &mut Value);
-    let cases: &[(&str, u32, Spoil)] = &[
-        ("no command", 4, |v, _| drop(v.remove("CNI_COMMAND"))),
-        ("unknown command", 4, |v, _| {
-            drop(v.insert("CNI_COMMAND", "add".into()))
-        }),
-        ("no container", 4, |v, _| drop(v.remove("CNI_CONTAINERID"))),
-        ("empty container", 4, |v, _| {
-            drop(v.insert("CNI_CONTAINERID", String::new()))
-        }),
-        ("container as path", 4, |v, _| {
-            drop(v.insert("CNI_CONTAINERID", "../../etc".into()))
-        }),
-        ("container too long", 4, |v, _| {
-            drop(v.insert("CNI_CONTAINERID", "c".repeat(201)))
-        }),
-        ("no interface", 4, |v, _| drop(v.remove("CNI_IFNAME"))),
-        ("interface as path", 4, |v, _| {
-            drop(v.insert("CNI_IFNAME", "a/b".into()))
-        }),
-        ("interface with space", 4, |v, _| {
-            drop(v.insert("CNI_IFNAME", "eth 0".into()))
-        }),
-        ("interface too long", 4, |v, _| {
-            drop(v.insert("CNI_IFNAME", "sixteencharacter".into()))
-        }),
-        ("no netns", 4, |v, _| drop(v.remove("CNI_NETNS"))),
-        ("missing netns", 3, |v, _| {
-            drop(v.insert("CNI_NETNS", "/run/netns/tpt-none".into()))
-        }),
-        ("no arguments", 4, |v, _| drop(v.remove("CNI_ARGS"))),
-        ("no pod name", 4, |v, _| {
-            drop(v.insert("CNI_ARGS", "K8S_POD_NAMESPACE=shop".into()))
-        }),
-        ("malformed arguments", 4, |v, _| {
-            drop(v.insert("CNI_ARGS", "K8S_POD_NAME".into()))
-        }),
-        ("not an object", 7, |_, c| *c = json!([1])),
-        ("no version", 1, |_, c| c["cniVersion"] = "".into()),
-        ("old version", 1, |_, c| c["cniVersion"] = "0.3.1".into()),
-        ("future version", 1, |_, c| c["cniVersion"] = "2.0.0".into()),
-        ("version not text", 7, |_, c| c["cniVersion"] = 1.into()),
-        ("no name", 7, |_, c| c["name"] = "".into()),
-        ("strange name", 7, |_, c| c["name"] = "a b".into()),
-        ("relative socket", 7, |_, c| {
-            c["agentSocket"] = "cni.sock".into()
-        }),
-        ("socket not text", 7, |_, c| c["agentSocket"] = 3.into()),
-        ("no time", 7, |_, c| c["timeoutSeconds"] = 0.into()),
-        ("endless time", 7, |_, c| c["timeoutSeconds"] = 601.into()),
-        ("negative time", 7, |_, c| c["timeoutSeconds"] = (-1).into()),
-        ("unknown field", 2, |_, c| c["ipMasq"] = true.into()),
-        ("other's addresses", 2, |_, c| {
-            c["ipam"] = json!({"type": "host-local"})
-        }),
-    ];
-    for (what, code, spoil) in cases {
+    for (what, code, spoil) in MALFORMED {
         let (mut environment, mut config) = (variables("ADD"), world.config("1.1.0"));
         spoil(&mut environment, &mut config);
         let (success, error) = execute(&environment, &config.to_string());

@@ -244,7 +244,7 @@ impl World {
             ifname: "eth0".into(),
             addresses: vec![pod4(number).into(), pod6(number).into()],
             mtu: 1500,
-            table: (number % 2 == 0).then_some(2),
+            table: number.is_multiple_of(2).then_some(2),
             node: vec![NODE.into(), NODE6.into()],
             capture: None,
             policy: PodPolicy::default(),
