@@ -173,3 +173,59 @@ impl Held {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::Resource;
+
+    const TYPE: &str = "type.googleapis.com/turnpike.mesh.v1.Address";
+
+    fn response(names: &[&str], removed: &[&str]) -> DeltaDiscoveryResponse {
+        let resource = |name: &&str| Resource {
+            name: (*name).to_owned(),
+            version: "1".to_owned(),
+            resource: Some(prost_types::Any {
+                type_url: TYPE.to_owned(),
+                value: vec![],
+            }),
+        };
+        DeltaDiscoveryResponse {
+            type_url: TYPE.to_owned(),
+            resources: names.iter().map(resource).collect(),
+            removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn an_answer_that_crosses_an_unsubscription_is_dropped() {
+        let mut state = State::default();
+        state.change(Subscription::subscribe(TYPE, ["a", "b", "c"]));
+        assert!(state.next_request().is_some());
+        state.change(Subscription::unsubscribe(TYPE, ["b", "c"]));
+        let update = state.wanted(response(&["a", "b"], &["c"])).unwrap();
+        assert_eq!(update.added.len(), 1);
+        assert_eq!(update.added[0].name, "a");
+        assert!(update.removed.is_empty());
+    }
+
+    #[test]
+    fn a_type_that_nobody_subscribed_is_refused() {
+        let error = State::default().wanted(response(&["a"], &[])).unwrap_err();
+        assert!(error.contains("was not subscribed"), "{error}");
+    }
+
+    #[test]
+    fn changes_that_wait_are_merged_by_name() {
+        let mut state = State::default();
+        for _ in 0..100 {
+            state.change(Subscription::subscribe(TYPE, ["a", "b"]));
+            state.change(Subscription::unsubscribe(TYPE, ["a"]));
+        }
+        let request = state.next_request().unwrap();
+        assert_eq!(request.resource_names_subscribe, ["b"]);
+        assert_eq!(request.resource_names_unsubscribe, ["a"]);
+        assert!(!state.has_request());
+    }
+}

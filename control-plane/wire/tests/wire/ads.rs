@@ -262,7 +262,7 @@ async fn a_wildcard_learns_what_has_gone_while_it_was_away() {
 }
 
 #[tokio::test]
-async fn an_answer_that_crosses_an_unsubscription_is_dropped() {
+async fn the_last_word_on_a_name_counts() {
     let server = TestController::start().await;
     server.put("default/10.0.0.1", "1", &destination("web"));
     server.put("default/10.0.0.2", "1", &destination("web"));
