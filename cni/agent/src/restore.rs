@@ -1,8 +1,8 @@
 //! What outlived the last run: pods are taken over, halves are cleared away.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
-use turnpike_datapath::{Error, Found};
+use turnpike_datapath::{Error, Found, Removal};
 use turnpike_ipam::{Finding, Lease};
 
 use crate::{
@@ -41,6 +41,7 @@ pub async fn restore(node: &Arc<Node>) -> Result<(), Error> {
         tracing::error!(%error, "the restored pool is not on record");
     }
     report(&outcome.findings);
+    forget_idle(node, &alive).await;
     adopt(node, &alive).await;
     tracing::info!(pods = live.len(), "restored");
     Ok(())
@@ -53,6 +54,34 @@ fn is_half(found: &Found, leases: &[Lease]) -> bool {
         Some(id) => leases
             .iter()
             .any(|lease| lease.holder.attachment.container_id == *id && note_of(lease).is_none()),
+    }
+}
+
+/// Rules may still stand for addresses of pods that never came to be: no link says so any more.
+async fn forget_idle(node: &Node, alive: &[Found]) {
+    let used: BTreeSet<_> = alive
+        .iter()
+        .flat_map(|found| found.addresses.clone())
+        .collect();
+    let held: Vec<IpAddr> = node.store.read(|pool| {
+        let enis: Vec<_> = pool.enis().map(|eni| eni.id.clone()).collect();
+        enis.iter()
+            .flat_map(|eni| pool.addresses(eni))
+            .map(IpAddr::V4)
+            .collect()
+    });
+    let idle = Removal {
+        container_id: String::new(),
+        // No link has this name: a pod's begins with `eni`.
+        host_interface: "none".to_owned(),
+        host_mac: None,
+        addresses: held
+            .into_iter()
+            .filter(|address| !used.contains(address))
+            .collect(),
+    };
+    if let Err(error) = node.datapath.remove(idle).await {
+        tracing::error!(%error, "rules of pods that are gone may still stand");
     }
 }
 

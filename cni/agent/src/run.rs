@@ -80,6 +80,8 @@ pub async fn run<C: Cloud>(
     background(&node, cloud, &mut tasks);
     tracing::info!(node = node.settings.node_name, "ready");
     let ended = tokio::select! {
+        // First: tasks end because of it.
+        biased;
         () = stop.cancelled() => Ok(()),
         what = tasks.first() => Err(RunError::Ended(what)),
     };

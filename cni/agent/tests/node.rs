@@ -9,8 +9,10 @@ mod rig;
 use std::{collections::BTreeSet, thread, time::Duration};
 
 use nix::sys::signal::Signal;
-use rig::{Pod, Rig, talk, wait_for};
+use rig::{Pod, Rig, residue, talk, wait_for};
 use serde_json::json;
+use turnpike_rules::{Identity, pod::PodNetwork};
+use turnpike_wire::node::feed_event::Event;
 
 const CALM: &str = "";
 const ROUGH: &str = r"
@@ -83,7 +85,11 @@ fn a_pod_outlives_the_agent_and_the_agent_knows_it_again() {
         assert!(rig.del(pod).ok, "DEL twice is fine");
     }
     assert!(rig.leases().is_empty());
-    assert_eq!(rig.kernel(), empty, "nothing of the pods is left");
+    assert_eq!(
+        residue(&empty, &rig.kernel()),
+        "",
+        "nothing of the pods is left"
+    );
 }
 
 #[test]
@@ -139,13 +145,99 @@ fn without_policy_a_pod_does_not_start_and_a_del_calls_the_add_off() {
         );
     });
     assert!(rig.leases().is_empty());
-    assert_eq!(rig.kernel(), empty);
+    assert_eq!(residue(&empty, &rig.kernel()), "");
 
     let gone = system_pod(&rig, "g", "gone");
     gone.netns.remove(Duration::from_secs(1)).unwrap();
     assert!(!rig.add(&gone).ok, "its namespace is not there");
     assert!(rig.leases().is_empty(), "rolled back");
-    assert_eq!(rig.kernel(), empty);
+    assert_eq!(residue(&empty, &rig.kernel()), "");
+}
+
+fn network(selected: bool) -> PodNetwork {
+    PodNetwork {
+        uid: "uid-cart".into(),
+        namespace: "shop".into(),
+        name: "cart".into(),
+        identity: Identity::new("cluster.local", "shop", "cart-account").unwrap(),
+        capture: None,
+        selected,
+        inbound: Vec::new(),
+    }
+}
+
+#[test]
+fn a_selected_pod_is_denied_the_gate_is_told_and_a_change_reaches_the_running_pod() {
+    let mut rig = Rig::up("ag7", CALM, &[("WARM_IP_TARGET", "3")]);
+    rig.end(Signal::SIGTERM);
+    rig.policy(&[network(true)]);
+    rig.start();
+    let mut feed = rig.feed();
+    assert!(matches!(feed.next(), Event::Synced(_)));
+
+    let pod = rig.pod("c", "shop", "cart");
+    let address = rig.add(&pod).address();
+    let Event::Added(told) = feed.next() else {
+        panic!("no pod")
+    };
+    assert_eq!(
+        (&*told.uid, &*told.namespace, &*told.name),
+        ("uid-cart", "shop", "cart")
+    );
+    assert_eq!(
+        (&*told.service_account, told.selected),
+        ("cart-account", true)
+    );
+    assert_eq!(told.addresses, [address.octets().to_vec()]);
+
+    let control = "10.0.0.10".parse().unwrap();
+    assert!(
+        talk(&pod.netns, &rig.control, control).is_err(),
+        "nothing leaves a selected pod"
+    );
+    let denied = loop {
+        if let Event::Denied(denied) = feed.next() {
+            break denied;
+        }
+    };
+    assert_eq!(denied.source, address.octets());
+    assert_eq!(denied.destination, [10, 0, 0, 10]);
+    assert_eq!(denied.protocol, 6);
+    assert_eq!(denied.interface, told_interface(&rig));
+
+    rig.end(Signal::SIGKILL);
+    assert!(
+        talk(&pod.netns, &rig.control, control).is_err(),
+        "denied while the agent is away"
+    );
+    rig.policy(&[network(false)]);
+    rig.start();
+    wait_for("the policy's change", || {
+        talk(&pod.netns, &rig.control, control).is_ok()
+    });
+    let mut feed = rig.feed();
+    // The kernel is changed first, then the gate is told.
+    loop {
+        match feed.next() {
+            Event::Added(told) if !told.selected => break,
+            Event::Added(_) | Event::Synced(_) | Event::Denied(_) => {}
+            Event::Removed(told) => panic!("{told:?}"),
+        }
+    }
+    assert!(rig.del(&pod).ok);
+    let told = loop {
+        if let Event::Removed(told) = feed.next() {
+            break told;
+        }
+    };
+    assert_eq!(told.container_id, "c");
+}
+
+fn told_interface(rig: &Rig) -> String {
+    rig.pods_json()[0]["hostInterface"]
+        .as_str()
+        .unwrap()
+        .to_owned()
 }
 
 #[test]
@@ -228,7 +320,7 @@ fn killed_at_any_moment_of_adds_and_dels_it_converges_with_nothing_left() {
             assert!(rig.del(pod).ok);
         }
         assert!(rig.leases().is_empty(), "round {round}");
-        assert_eq!(rig.kernel(), empty, "round {round}");
+        assert_eq!(residue(&empty, &rig.kernel()), "", "round {round}");
     }
 }
 

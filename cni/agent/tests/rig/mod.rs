@@ -12,17 +12,25 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hyper_util::rt::TokioIo;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use prost::Message;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, sync::Notify, task::JoinHandle};
+use tonic::transport::Endpoint;
+use turnpike_rules::pod::PodNetwork;
 use turnpike_vpc::{
     netns::{Command, Namespace, Output},
     run::{Error as BoxError, Options, down, run},
     spec::{DEFAULT, Spec},
+};
+use turnpike_wire::{
+    discovery::DeltaDiscoveryResponse,
+    node::{FeedEvent, WatchRequest, feed_client::FeedClient, feed_event::Event},
 };
 
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -60,6 +68,26 @@ impl Said {
             .expect("a /32")
             .parse()
             .expect("an address")
+    }
+}
+
+/// The feed, event by event.
+pub(crate) struct Feed<'a> {
+    runtime: &'a Runtime,
+    stream: tonic::Streaming<FeedEvent>,
+}
+
+impl Feed<'_> {
+    pub(crate) fn next(&mut self) -> Event {
+        let stream = &mut self.stream;
+        let next = self
+            .runtime
+            .block_on(async { tokio::time::timeout(PATIENCE, stream.message()).await });
+        let event = next
+            .expect("an event in time")
+            .unwrap()
+            .expect("the feed goes on");
+        event.event.expect("an event has a kind")
     }
 }
 
@@ -296,6 +324,50 @@ impl Rig {
         .join("\n---\n")
     }
 
+    pub(crate) fn pods_json(&self) -> Value {
+        self.json("/v1/pods")
+    }
+
+    /// Puts in place what the agent last heard of its pods. It must not run.
+    pub(crate) fn policy(&self, pods: &[PodNetwork]) {
+        let named = |pod: &PodNetwork| {
+            let name = turnpike_wire::names::pod("cluster", &pod.namespace, &pod.name);
+            turnpike_wire::resource::pack(name, "1", pod)
+        };
+        let resources = pods.iter().map(named).collect();
+        let kept = DeltaDiscoveryResponse {
+            resources,
+            ..DeltaDiscoveryResponse::default()
+        };
+        fs::write(self.path("state/policy.snapshot"), kept.encode_to_vec()).unwrap();
+    }
+
+    /// Reads the feed as the gate does.
+    pub(crate) fn feed(&self) -> Feed<'_> {
+        let path = self.path("feed.sock");
+        let stream = self.runtime.block_on(async {
+            let connect = tower::service_fn(move |_| {
+                let path = path.clone();
+                async move {
+                    tokio::net::UnixStream::connect(path)
+                        .await
+                        .map(TokioIo::new)
+                }
+            });
+            let endpoint = Endpoint::from_static("http://node");
+            let channel = endpoint.connect_with_connector(connect).await.unwrap();
+            FeedClient::new(channel)
+                .watch(WatchRequest {})
+                .await
+                .unwrap()
+                .into_inner()
+        });
+        Feed {
+            runtime: &self.runtime,
+            stream,
+        }
+    }
+
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.path("agent.log")).unwrap_or_default()
     }
@@ -322,6 +394,21 @@ impl Drop for Rig {
             self.runtime.block_on(the_box).ok();
         }
     }
+}
+
+/// Lines that one of the two has and the other has not.
+pub(crate) fn residue(before: &str, after: &str) -> String {
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+    let (before, after) = (lines(before), lines(after));
+    let gone = before
+        .iter()
+        .filter(|line| !after.contains(line))
+        .map(|line| format!("- {line}"));
+    let new = after
+        .iter()
+        .filter(|line| !before.contains(line))
+        .map(|line| format!("+ {line}"));
+    gone.chain(new).collect::<Vec<_>>().join("\n")
 }
 
 pub(crate) fn wait_for(what: &str, done: impl Fn() -> bool) {
