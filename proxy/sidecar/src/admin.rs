@@ -217,6 +217,8 @@ async fn serve(stream: TcpStream, state: Arc<State>, answer: Answer) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
+        // One request each, so that nobody keeps a place from kubelet.
+        .keep_alive(false)
         .max_buf_size(16 * 1024)
         .serve_connection(TokioIo::new(stream), service)
         .await;

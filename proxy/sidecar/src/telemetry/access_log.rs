@@ -101,9 +101,10 @@ impl AccessLog {
             self.0.dropped.fetch_add(1, Relaxed);
             return;
         }
-        let small = buffer.bytes.len() < WRITE_AT;
+        let before = buffer.bytes.len();
         buffer.bytes.extend_from_slice(&bytes);
-        let wake = small && buffer.bytes.len() >= WRITE_AT;
+        // The first line of a batch, and the one that fills it.
+        let wake = before == 0 || (before < WRITE_AT && buffer.bytes.len() >= WRITE_AT);
         drop(buffer);
         if wake {
             self.0.wake.notify_one();
@@ -122,9 +123,11 @@ fn write(shared: &Shared, mut output: impl Write) {
     loop {
         {
             let mut buffer = shared.buffer.lock();
-            if !buffer.flush && buffer.bytes.len() < WRITE_AT {
-                shared.wake.wait_for(&mut buffer, WRITE_EVERY);
+            while buffer.bytes.is_empty() && !buffer.flush {
+                shared.wake.wait(&mut buffer);
             }
+            let more = |buffer: &mut Buffer| buffer.bytes.len() < WRITE_AT && !buffer.flush;
+            shared.wake.wait_while_for(&mut buffer, more, WRITE_EVERY);
             buffer.flush = false;
             buffer.writing = true;
             std::mem::swap(&mut buffer.bytes, &mut lines);
