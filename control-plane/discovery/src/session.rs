@@ -152,7 +152,7 @@ impl Session {
             tracing::info!(
                 identity = %self.caller.identity,
                 code = ?status.code(),
-                message = status.message(),
+                reason = status.message(),
                 "discovery stream ended"
             );
             // A client that does not read is not waited for any longer.
@@ -195,12 +195,12 @@ impl Session {
 
     fn request(&self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         if let Some(refusal) = &request.error_detail {
-            let message: String = refusal.message.chars().take(1024).collect();
+            let reason: String = refusal.message.chars().take(1024).collect();
             tracing::warn!(
                 identity = %self.caller.identity,
                 pod = self.caller.pod.as_ref().map(|pod| &*pod.name),
                 type_url = request.type_url,
-                message,
+                reason,
                 "a subscriber refused an update and keeps what it had"
             );
         }

@@ -1,4 +1,5 @@
 //! What the model holds depends on the objects present alone, and every change is announced.
+#![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
 
 mod common;
 
@@ -256,7 +257,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 384, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn any_history_leads_to_the_same_model_and_every_change_is_announced(
@@ -298,6 +299,14 @@ fn shuffled(key: &str, order: u64) -> u64 {
     let mut hasher = DefaultHasher::new();
     (key, order).hash(&mut hasher);
     hasher.finish()
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        cases: 384,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
 }
 
 /// 10,000 Services and pods: what one of them touches does not depend on the others.

@@ -1,4 +1,5 @@
 //! What the resources say, case by case.
+#![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
 
 mod common;
 

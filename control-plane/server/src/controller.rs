@@ -78,8 +78,8 @@ impl Controller {
         }
         let metrics = Metrics::new();
         let journal_path = state.path().join(JOURNAL);
-        let journal = Journal::open(&journal_path)
-            .with_context(|| format!("cannot open `{}`", journal_path.display()))?;
+        let journal = Journal::start(&journal_path)
+            .context("cannot start the writer of the issuance record")?;
         let own = OwnCertificate::new(authority.clone(), &trust_domain)
             .context("cannot make the controller's own certificate")?;
         let issuer = CertificateService::new(authority, journal, metrics.clone());

@@ -1,10 +1,17 @@
 //! From the source into the model, and what became of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use turnpike_api::{Kind, Object};
 use turnpike_discovery::Discovery;
 use turnpike_kubernetes::{Event, Rejection, Source};
@@ -14,6 +21,12 @@ use crate::metrics::Metrics;
 
 /// Rejections that are shown; of a folder with more, the first.
 const SHOWN: usize = 10_000;
+
+/// Changes that come together are judged together.
+const SETTLE: Duration = Duration::from_millis(200);
+const MESH_CONFIG: &str = "MeshConfig default";
+const NO_PREFIXES: &str = "no meshPrefixes are set, so proxies take every address for one outside \
+                           the mesh; list the ranges of pods and Services";
 
 /// What is known of the source's state, for pages and probes.
 #[derive(Debug)]
@@ -97,7 +110,7 @@ impl From<&Rejection> for Quarantined {
 pub async fn run(
     mut source: impl Source,
     discovery: Discovery,
-    health: std::sync::Arc<Health>,
+    health: Arc<Health>,
     metrics: Metrics,
 ) {
     let mut feed = Feed {
@@ -106,15 +119,25 @@ pub async fn run(
         metrics,
         problems: BTreeMap::new(),
     };
+    let mut due: Option<Instant> = None;
     loop {
-        let event = source.next().await;
-        feed.take(event);
+        tokio::select! {
+            event = source.next() => {
+                if feed.take(event) {
+                    due.get_or_insert_with(|| Instant::now() + SETTLE);
+                }
+            }
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                due = None;
+                feed.report();
+            }
+        }
     }
 }
 
 struct Feed {
     discovery: Discovery,
-    health: std::sync::Arc<Health>,
+    health: Arc<Health>,
     metrics: Metrics,
     /// Conditions that do not hold, as they were last logged.
     problems: BTreeMap<Problem, String>,
@@ -123,7 +146,8 @@ struct Feed {
 type Problem = (String, Option<String>, ConditionKind);
 
 impl Feed {
-    fn take(&mut self, event: Event) {
+    /// True where policies may have become right or wrong by it.
+    fn take(&mut self, event: Event) -> bool {
         self.metrics.source_event();
         match event {
             Event::Applied(object) => {
@@ -131,12 +155,12 @@ impl Feed {
                 let judged = may_change_statuses(&object);
                 let changes = self.discovery.update(|model| model.apply(object));
                 tracing::debug!(object = %key, touched = changes.len(), "applied");
-                self.report(judged);
+                judged
             }
             Event::Deleted(key) => {
                 let changes = self.discovery.update(|model| model.delete(&key));
                 tracing::debug!(object = %key, touched = changes.len(), "deleted");
-                self.report(key.kind != Kind::Pod && key.kind != Kind::EndpointSlice);
+                key.kind != Kind::Pod && key.kind != Kind::EndpointSlice
             }
             Event::Rejected(rejection) => {
                 tracing::warn!("{rejection}");
@@ -145,6 +169,7 @@ impl Feed {
                     rejections.insert(rejection);
                 }
                 self.metrics.set_rejected(rejections.len());
+                false
             }
             Event::Resolved(rejection) => {
                 tracing::info!(
@@ -155,24 +180,32 @@ impl Feed {
                 let mut rejections = self.health.rejections.lock();
                 rejections.remove(&rejection);
                 self.metrics.set_rejected(rejections.len());
+                false
             }
             Event::Synced => {
                 self.metrics.set_synced();
                 self.health.synced.send_replace(true);
                 tracing::info!("the source has delivered all its objects");
-                self.report(true);
+                true
             }
         }
     }
 
     /// Logs what has become wrong or right with policies, once each. While the source still
     /// delivers, what a policy needs may yet come.
-    fn report(&mut self, judged: bool) {
-        if !judged || !*self.health.synced.borrow() {
+    fn report(&mut self) {
+        if !*self.health.synced.borrow() {
             return;
         }
         let statuses = self.discovery.read(turnpike_model::Model::statuses);
-        let current: BTreeMap<Problem, String> = statuses.iter().flat_map(failing).collect();
+        let mut current: BTreeMap<Problem, String> = statuses.iter().flat_map(failing).collect();
+        if self
+            .discovery
+            .read(|model| model.mesh_prefixes().is_empty())
+        {
+            let problem = (MESH_CONFIG.to_owned(), None, ConditionKind::Accepted);
+            current.insert(problem, NO_PREFIXES.to_owned());
+        }
         for (problem @ (object, parent, kind), message) in &current {
             if self.problems.get(problem) != Some(message) {
                 let parent = parent.as_deref();

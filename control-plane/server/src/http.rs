@@ -193,3 +193,40 @@ fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) 
     );
     page
 }
+
+#[cfg(test)]
+mod tests {
+    use turnpike_model::{Model, Settings};
+
+    use super::*;
+
+    #[test]
+    fn debug_pages_are_for_the_same_host() {
+        let settings = Settings {
+            cluster: "cluster".into(),
+            trust_domain: "cluster.local".into(),
+            network: "default".into(),
+        };
+        let pages = Pages {
+            metrics: Metrics::new(),
+            discovery: Discovery::new(Model::new(settings)),
+            health: Arc::default(),
+        };
+        let status = |path, near| pages.answer(&Method::GET, path, near).status();
+        for path in ["/debug/rejections", "/debug/status"] {
+            assert_eq!(status(path, true), StatusCode::OK);
+            assert_eq!(status(path, false), StatusCode::FORBIDDEN);
+        }
+        assert_eq!(status("/metrics", false), StatusCode::OK);
+        assert_eq!(
+            status("/healthz/ready", false),
+            StatusCode::SERVICE_UNAVAILABLE
+        );
+        let post = pages.answer(&Method::POST, "/metrics", true).status();
+        assert_eq!(post, StatusCode::METHOD_NOT_ALLOWED);
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert!(same_host(ip("::ffff:127.0.0.1"), ip("127.0.0.1")));
+        assert!(same_host(ip("10.0.0.10"), ip("10.0.0.10")));
+        assert!(!same_host(ip("10.0.0.11"), ip("10.0.0.10")));
+    }
+}

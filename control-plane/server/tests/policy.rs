@@ -1,4 +1,5 @@
 //! A policy changes: from a file to the subscribers of the real executable.
+#![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
 
 mod rig;
 
@@ -222,6 +223,19 @@ async fn a_subscription_without_the_right_to_it_is_refused_with_the_rule() {
     });
     assert!(rig.metric("turnpike_discovery_denied_total").unwrap() >= 1.0);
     drop(web);
+}
+
+#[test]
+fn a_policy_without_effect_is_logged_until_it_has_one() {
+    let rig = Rig::start(&world());
+    let said = |text: &str| {
+        eventually(text, || rig.log().contains(text).then_some(()));
+    };
+    said("no meshPrefixes are set");
+    rig.write("policy.yaml", &traffic("cart", "2"));
+    said("TrafficPolicy shop/cart: not Accepted: there is no Service `shop/cart`");
+    rig.write("cart.yaml", &service("cart"));
+    said("TrafficPolicy shop/cart: Accepted now");
 }
 
 #[test]

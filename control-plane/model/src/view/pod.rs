@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use turnpike_rules::{
     authz::Authorization,
     service::PortMapping,
@@ -9,6 +10,11 @@ use turnpike_rules::{
 use crate::{Model, facts::pod::Pod, store::Selected};
 
 impl Model {
+    /// Ranges that may hold pods and Services of the mesh.
+    pub fn mesh_prefixes(&self) -> &[IpNet] {
+        &self.mesh.mesh_prefixes
+    }
+
     /// What the sidecar of the pod with this UID needs to serve what comes in.
     pub fn self_config(&self, uid: &str) -> Option<SelfConfig> {
         let pod = self.pods.by_uid(uid)?;

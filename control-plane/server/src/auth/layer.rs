@@ -92,7 +92,9 @@ where
                         target: "audit",
                         path = request.uri().path(),
                         reason = error.reason(),
-                        "refused an unauthenticated call: {error}"
+                        "refused an unauthenticated call: {}",
+                        // It may quote the token's header.
+                        error.to_string().escape_debug()
                     );
                     Ok(error.status().into_http())
                 }

@@ -51,8 +51,15 @@ impl Journal {
     /// Entries that wait for the disk; when as many wait, further requests wait for room.
     const QUEUE: usize = 256;
 
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let mut file = Lines::open(path.to_owned())?;
+    /// Starts the writer. A file that cannot be opened fails the entries, not the start.
+    pub fn start(path: &Path) -> io::Result<Self> {
+        let opened = open(path).inspect_err(|error| {
+            tracing::error!(path = %path.display(), %error, "nothing can be issued until it opens");
+        });
+        let mut file = Lines {
+            path: path.to_owned(),
+            file: opened.ok(),
+        };
         let (entries, mut waiting) = mpsc::channel::<Waiting>(Self::QUEUE);
         let writer = std::thread::Builder::new()
             .name("issuance".into())
@@ -100,59 +107,60 @@ impl Drop for Journal {
     }
 }
 
-/// A file that always ends with a whole line.
+/// A file that always ends with a whole line. It is opened when it is needed, and again after an
+/// error: a disk that was full need not stay so.
 struct Lines {
     path: PathBuf,
-    file: File,
-    length: u64,
-    /// The tail could not be cut off: it must be before anything is written.
-    torn: bool,
+    /// With its length.
+    file: Option<(File, u64)>,
 }
 
 impl Lines {
-    fn open(path: PathBuf) -> io::Result<Self> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)?;
-        let length = file.metadata()?.len();
-        let mut last = [b'\n'];
-        if length > 0 {
-            file.seek(SeekFrom::Start(length - 1))?;
-            file.read_exact(&mut last)?;
-        }
-        let mut lines = Self {
-            path,
-            file,
-            length,
-            torn: false,
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let (mut file, length) = match self.file.take() {
+            Some(open) => open,
+            None => open(&self.path)?,
         };
-        if last != [b'\n'] {
-            tracing::warn!(path = %lines.path.display(), "the last line is torn; it is kept");
-            if let Err(error) = lines.append(b"\n") {
-                tracing::error!(path = %lines.path.display(), %error, "cannot close it yet");
+        match write(&mut file, bytes) {
+            Ok(()) => self.file = Some((file, length + bytes.len() as u64)),
+            Err(error) => {
+                // Where this fails too, the torn line is closed when the file is opened again.
+                let _ = file.set_len(length);
+                return Err(error);
             }
         }
-        Ok(lines)
+        Ok(())
     }
+}
 
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.torn {
-            self.file.set_len(self.length)?;
-            self.torn = false;
-        }
-        let written = self
-            .file
-            .write_all(bytes)
-            .and_then(|()| self.file.sync_data());
-        match written {
-            Ok(()) => self.length += bytes.len() as u64,
-            Err(_) => self.torn = self.file.set_len(self.length).is_err(),
-        }
-        written
+fn open(path: &Path) -> io::Result<(File, u64)> {
+    let new = !path.exists();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)?;
+    if new && let Some(folder) = path.parent() {
+        File::open(folder)?.sync_all()?;
     }
+    let mut length = file.metadata()?.len();
+    if length > 0 {
+        let mut last = [0];
+        file.seek(SeekFrom::Start(length - 1))?;
+        file.read_exact(&mut last)?;
+        if last != [b'\n'] {
+            tracing::warn!(path = %path.display(), "the last line is torn; it is kept");
+            write(&mut file, b"\n")?;
+            length += 1;
+        }
+    }
+    Ok((file, length))
+}
+
+fn write(file: &mut File, bytes: &[u8]) -> io::Result<()> {
+    file.write_all(bytes)?;
+    file.sync_data()
 }
 
 #[cfg(test)]
@@ -184,7 +192,7 @@ mod tests {
     async fn entries_are_on_disk_when_it_returns_and_a_torn_line_is_closed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("issued.jsonl");
-        let journal = Journal::open(&path).unwrap();
+        let journal = Journal::start(&path).unwrap();
         let all = (0..50).map(|n| {
             let journal = &journal;
             async move { journal.record(&entry(&n.to_string())).await }
@@ -203,7 +211,7 @@ mod tests {
             .unwrap()
             .write_all(b"{\"serial\":\"t")
             .unwrap();
-        let journal = Journal::open(&path).unwrap();
+        let journal = Journal::start(&path).unwrap();
         journal.record(&entry("after")).await.unwrap();
         assert_eq!(serials(&path).last().unwrap(), "after");
     }
@@ -213,7 +221,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("issued.jsonl");
         std::os::unix::fs::symlink("/dev/full", &path).unwrap();
-        let journal = Journal::open(&path).unwrap();
+        let journal = Journal::start(&path).unwrap();
         let error = journal.record(&entry("1")).await.unwrap_err();
         assert!(error.to_string().contains("No space left"), "{error}");
     }

@@ -89,3 +89,23 @@ impl OwnCertificate {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use turnpike_certs::ROOT_LIFETIME;
+
+    use super::*;
+
+    #[test]
+    fn a_renewal_takes_effect_where_the_first_one_did() {
+        let now = SystemTime::now();
+        let authority = Authority::generate("cluster.local", ROOT_LIFETIME, now).unwrap();
+        let own = OwnCertificate::new(Arc::new(authority), "cluster.local").unwrap();
+        let store = own.store();
+        let first = store.load().unwrap();
+        own.renew(now + LEAF_LIFETIME / 2).unwrap();
+        let second = store.load().unwrap();
+        assert_ne!(first.serial(), second.serial());
+        assert!(second.not_after() > first.not_after());
+    }
+}

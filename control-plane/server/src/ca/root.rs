@@ -9,6 +9,7 @@ use std::{
 };
 
 use turnpike_certs::{Authority, AuthorityError, ROOT_LIFETIME};
+use zeroize::Zeroizing;
 
 /// The private key, then the certificate, in one file, so that one rename creates both.
 const ROOT: &str = "root-key.pem";
@@ -94,10 +95,12 @@ impl StateDir {
         let text = match fs::symlink_metadata(&path) {
             Ok(metadata) => {
                 check(&path, &metadata)?;
-                fs::read_to_string(&path).map_err(|source| RootError::Io {
-                    path: path.clone(),
-                    source,
-                })?
+                fs::read_to_string(&path)
+                    .map(Zeroizing::new)
+                    .map_err(|source| RootError::Io {
+                        path: path.clone(),
+                        source,
+                    })?
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return create(&path, trust_domain, now);

@@ -147,7 +147,9 @@ impl IstioCertificateService for CertificateService {
                     pod,
                     node = caller.node.as_deref(),
                     reason,
-                    "refused a certificate: {message}"
+                    "refused a certificate: {}",
+                    // It may quote the request.
+                    message.escape_debug()
                 );
                 Err(Status::new(code, message))
             }
@@ -242,7 +244,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let authority =
                 Authority::generate("cluster.local", ROOT_LIFETIME, SystemTime::now()).unwrap();
-            let journal = Journal::open(&folder.path().join("issued.jsonl")).unwrap();
+            let journal = Journal::start(&folder.path().join("issued.jsonl")).unwrap();
             let service =
                 CertificateService::new(Arc::new(authority), journal, Metrics::default());
             let caller = Caller { identity: identity(), pod: None, node: None, expires: None };

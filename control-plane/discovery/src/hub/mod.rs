@@ -1,0 +1,273 @@
+//! The shared state: the model, what of it is watched, and by whom.
+
+mod report;
+mod requests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use turnpike_model::{Changes, Model, ResourceType};
+use turnpike_wire::discovery::{DeltaDiscoveryResponse, Resource};
+
+use crate::{
+    Caller, Counters,
+    resource::{Encoded, ResourceKey, encode, type_url},
+    subscriber::{MAX_UNANSWERED, Subscriber, SubscriberId, TypeState},
+};
+pub(crate) use requests::RequestError;
+
+/// A response is closed when it holds this much; gRPC refuses messages far above it.
+const RESPONSE_BYTES: usize = 1 << 20;
+
+#[derive(Debug)]
+pub(crate) struct Hub {
+    pub(crate) model: Model,
+    /// What somebody watches, and nothing else.
+    entries: HashMap<ResourceKey, Entry>,
+    /// From a Service to the watched names `…@consumer` that it may answer.
+    views: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    wildcards: HashMap<Scope, BTreeSet<SubscriberId>>,
+    subscribers: BTreeMap<SubscriberId, Subscriber>,
+    counters: Counters,
+    next_id: SubscriberId,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    /// `None`: watched, but not there.
+    content: Option<Encoded>,
+    /// The node whose agent and gate it is for.
+    node: Option<Arc<str>>,
+    exact: BTreeSet<SubscriberId>,
+}
+
+/// What a wildcard covers: a type, and for pods the node they are on.
+type Scope = (ResourceType, Option<Arc<str>>);
+
+impl Hub {
+    pub(crate) fn new(model: Model) -> Self {
+        Self {
+            model,
+            entries: HashMap::new(),
+            views: HashMap::new(),
+            wildcards: HashMap::new(),
+            subscribers: BTreeMap::new(),
+            counters: Counters::default(),
+            next_id: 0,
+        }
+    }
+
+    pub(crate) fn join(&mut self, caller: Arc<Caller>, now: SystemTime) -> SubscriberId {
+        self.next_id += 1;
+        self.subscribers
+            .insert(self.next_id, Subscriber::new(caller, now));
+        self.next_id
+    }
+
+    pub(crate) fn leave(&mut self, id: SubscriberId) {
+        let Some(subscriber) = self.subscribers.remove(&id) else {
+            return;
+        };
+        for (kind, state) in subscriber.types {
+            for name in state.exact {
+                self.unwatch(id, kind, &name);
+            }
+            if state.wildcard {
+                self.unwatch_all(id, kind, &subscriber.caller);
+            }
+        }
+    }
+
+    pub(crate) fn subscriber(&self, id: SubscriberId) -> Option<&Subscriber> {
+        self.subscribers.get(&id)
+    }
+
+    pub(crate) fn subscribers(&self) -> usize {
+        self.subscribers.len()
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Encodes what changed and is watched, and marks it for those who watch it.
+    pub(crate) fn publish(&mut self, changes: &Changes) {
+        for (kind, name) in changes.iter() {
+            self.publish_one(kind, name);
+            if kind == ResourceType::Service
+                && let Some(views) = self.views.get(name)
+            {
+                for view in views.clone() {
+                    self.publish_one(kind, &view);
+                }
+            }
+        }
+    }
+
+    fn publish_one(&mut self, kind: ResourceType, name: &Arc<str>) {
+        let node = self.node_of(kind, name);
+        let key = (kind, name.clone());
+        let before = self.entries.get(&key).and_then(|entry| entry.node.clone());
+        let mut watchers = self.covering(kind, node.as_ref());
+        watchers.extend(self.covering(kind, before.as_ref()));
+        if watchers.is_empty() && !self.entries.contains_key(&key) {
+            return;
+        }
+        let content = self.encode(kind, name);
+        let entry = self.entries.entry(key).or_default();
+        if entry.content == content && entry.node == node {
+            return;
+        }
+        (entry.content, entry.node) = (content, node);
+        watchers.extend(&entry.exact);
+        for id in watchers {
+            if let Some(subscriber) = self.subscribers.get_mut(&id) {
+                subscriber.mark(kind, name);
+            }
+        }
+        self.settle(kind, name);
+    }
+
+    /// The next response for a subscriber that can take one.
+    pub(crate) fn next_response(&mut self, id: SubscriberId) -> Option<DeltaDiscoveryResponse> {
+        let subscriber = self.subscribers.get_mut(&id)?;
+        if subscriber.unanswered.len() >= MAX_UNANSWERED {
+            return None;
+        }
+        let node = subscriber.caller.node.clone();
+        for (kind, state) in &mut subscriber.types {
+            let kind = *kind;
+            let (mut resources, mut removed, mut sent) = (Vec::new(), Vec::new(), Vec::new());
+            let mut bytes = 0;
+            while bytes < RESPONSE_BYTES
+                && let Some(name) = state.dirty.pop_first()
+            {
+                let entry = self.entries.get(&(kind, name.clone()));
+                let entry = entry.filter(|entry| visible(kind, entry, node.as_ref()));
+                let content = entry.and_then(|entry| entry.content.as_ref());
+                let version = content.map(|content| content.version.clone());
+                if !state.news(&name, version.as_ref()) {
+                    continue;
+                }
+                bytes += name.len() + content.map_or(0, |content| content.bytes.len());
+                match content {
+                    Some(content) => resources.push(resource(kind, &name, content)),
+                    None => removed.push(name.to_string()),
+                }
+                sent.push((name, version));
+            }
+            if sent.is_empty() {
+                continue;
+            }
+            self.counters.responses += 1;
+            self.counters.resources += sent.len() as u64;
+            let nonce = subscriber.sent(kind, sent);
+            return Some(DeltaDiscoveryResponse {
+                system_version_info: String::new(),
+                resources,
+                type_url: type_url(kind).to_owned(),
+                nonce,
+                removed_resources: removed,
+            });
+        }
+        None
+    }
+
+    /// Subscribers whose wildcards cover a resource of this type and node.
+    fn covering(&self, kind: ResourceType, node: Option<&Arc<str>>) -> BTreeSet<SubscriberId> {
+        if placed(kind) && node.is_none() {
+            return BTreeSet::new();
+        }
+        self.wildcards
+            .get(&(kind, node.cloned()))
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    fn load(&mut self, kind: ResourceType, name: &Arc<str>) -> &mut Entry {
+        let key = (kind, name.clone());
+        if !self.entries.contains_key(&key) {
+            let content = self.encode(kind, name);
+            let node = self.node_of(kind, name);
+            self.entries.insert(
+                key.clone(),
+                Entry {
+                    content,
+                    node,
+                    exact: BTreeSet::new(),
+                },
+            );
+        }
+        self.entries.entry(key).or_default()
+    }
+
+    /// Forgets a resource that nobody watches any more.
+    fn settle(&mut self, kind: ResourceType, name: &Arc<str>) {
+        let key = (kind, name.clone());
+        let Some(entry) = self.entries.get(&key) else {
+            return;
+        };
+        let covered =
+            entry.content.is_some() && !self.covering(kind, entry.node.as_ref()).is_empty();
+        if !entry.exact.is_empty() || covered {
+            return;
+        }
+        self.entries.remove(&key);
+        if let Some((base, _)) = name.split_once('@')
+            && let Some(views) = self.views.get_mut(base)
+        {
+            views.remove(name);
+            if views.is_empty() {
+                self.views.remove(base);
+            }
+        }
+    }
+
+    fn encode(&mut self, kind: ResourceType, name: &str) -> Option<Encoded> {
+        self.counters.encoded += 1;
+        encode(&self.model, kind, name)
+    }
+
+    fn node_of(&self, kind: ResourceType, name: &str) -> Option<Arc<str>> {
+        if placed(kind) {
+            self.model.node_of(name).cloned()
+        } else {
+            None
+        }
+    }
+}
+
+impl TypeState {
+    /// Whether the client needs to be told. Under a wildcard alone, what it never had and does not
+    /// exist is no news.
+    fn news(&self, name: &Arc<str>, version: Option<&Arc<str>>) -> bool {
+        match self.held.get(name) {
+            Some(held) => held.version.as_ref() != version,
+            None => version.is_some() || self.exact.contains(name),
+        }
+    }
+}
+
+/// Types whose resources belong to the node of a pod.
+fn placed(kind: ResourceType) -> bool {
+    matches!(kind, ResourceType::PodNetwork | ResourceType::PodEgress)
+}
+
+/// A pod of another node does not exist for this one.
+fn visible(kind: ResourceType, entry: &Entry, node: Option<&Arc<str>>) -> bool {
+    !placed(kind) || (entry.node.is_some() && entry.node.as_ref() == node)
+}
+
+fn resource(kind: ResourceType, name: &str, content: &Encoded) -> Resource {
+    Resource {
+        version: content.version.to_string(),
+        resource: Some(prost_types::Any {
+            type_url: type_url(kind).to_owned(),
+            value: content.bytes.to_vec(),
+        }),
+        name: name.to_owned(),
+    }
+}

@@ -1,0 +1,92 @@
+//! What can be said of the subscribers.
+
+use std::sync::Arc;
+
+use turnpike_model::{Changes, ResourceType};
+
+use super::Hub;
+use crate::{
+    Adoption, SubscriberStatus, TypeStatus,
+    subscriber::{Answer, Subscriber},
+};
+
+impl Hub {
+    /// How far resources have come with those who watch them.
+    pub(crate) fn adoption(&self, of: &Changes) -> Adoption {
+        let mut adoption = Adoption::default();
+        for (kind, name) in of.iter() {
+            self.adopt(kind, name, &mut adoption);
+            let views = self
+                .views
+                .get(name)
+                .filter(|_| kind == ResourceType::Service);
+            views
+                .into_iter()
+                .flatten()
+                .for_each(|view| self.adopt(kind, view, &mut adoption));
+        }
+        adoption
+    }
+
+    fn adopt(&self, kind: ResourceType, name: &Arc<str>, adoption: &mut Adoption) {
+        let Some(entry) = self.entries.get(&(kind, name.clone())) else {
+            return;
+        };
+        let mut watchers = self.covering(kind, entry.node.as_ref());
+        watchers.extend(&entry.exact);
+        let latest = entry.content.as_ref().map(|content| &content.version);
+        for subscriber in watchers.iter().filter_map(|id| self.subscribers.get(id)) {
+            adoption.watched += 1;
+            let held = subscriber
+                .types
+                .get(&kind)
+                .and_then(|state| state.held.get(name));
+            match held
+                .filter(|held| held.version.as_ref() == latest)
+                .map(|held| held.answer)
+            {
+                Some(Answer::Accepted) => adoption.accepted += 1,
+                Some(Answer::Refused) => adoption.refused += 1,
+                Some(Answer::Awaited) | None => {}
+            }
+        }
+    }
+
+    pub(crate) fn status(&self) -> Vec<SubscriberStatus> {
+        self.subscribers.values().map(subscriber_status).collect()
+    }
+}
+
+fn subscriber_status(subscriber: &Subscriber) -> SubscriberStatus {
+    let types = subscriber.types.iter().map(|(kind, state)| {
+        let answered = |answer| {
+            state
+                .held
+                .values()
+                .filter(|held| held.answer == answer)
+                .count()
+        };
+        let status = TypeStatus {
+            wildcard: state.wildcard,
+            subscribed: state.exact.len(),
+            accepted: answered(Answer::Accepted),
+            refused: answered(Answer::Refused),
+            waiting: state.dirty.len(),
+        };
+        (kind.to_string(), status)
+    });
+    SubscriberStatus {
+        identity: subscriber.caller.identity.to_string(),
+        pod: subscriber
+            .caller
+            .pod
+            .as_ref()
+            .map(|pod| pod.name.to_string()),
+        node: subscriber.caller.node.as_ref().map(ToString::to_string),
+        node_id: subscriber.node_id.clone(),
+        since: subscriber.since,
+        unanswered: subscriber.unanswered.len(),
+        types: types.collect(),
+        last_refusal: subscriber.last_refusal.clone(),
+    }
+}
