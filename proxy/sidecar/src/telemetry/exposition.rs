@@ -270,7 +270,7 @@ mod tests {
             r#"request_protocol="http""#,
             r#"grpc_response_status="""#,
             r#"response_flags="-""#,
-            r#"connection_security_policy="unknown""#,
+            r#"connection_security_policy="mutual_tls""#,
         ] {
             assert!(ok.contains(label), "{label} is missing in {ok}");
         }

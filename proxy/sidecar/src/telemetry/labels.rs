@@ -106,12 +106,8 @@ pub(super) fn pairs(own: &Own, labels: &Labels, kind: Kind, flags: Flags) -> Vec
         pairs.push(("grpc_response_status", grpc_status));
     }
     pairs.push(("response_flags", flags.to_string()));
-    let security = match (direction, mutual_tls) {
-        // Only the callee can tell, says Istio.
-        (Direction::Outbound, _) => UNKNOWN,
-        (Direction::Inbound, true) => "mutual_tls",
-        (Direction::Inbound, false) => "none",
-    };
+    // Istio's callers say "unknown", since they cannot tell; ours made the connection and can.
+    let security = if *mutual_tls { "mutual_tls" } else { "none" };
     pairs.push(("connection_security_policy", security.to_owned()));
     pairs
 }
