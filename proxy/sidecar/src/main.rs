@@ -6,6 +6,7 @@
 //! 4. SIGTERM: not ready, drain, send what telemetry is left, exit 0.
 
 use std::{
+    io::IsTerminal,
     net::IpAddr,
     path::PathBuf,
     process::ExitCode,
@@ -322,7 +323,9 @@ fn exports(
 fn start_log(json: bool) -> anyhow::Result<SetLevel> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let (filter, handle) = reload::Layer::new(filter);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = if json {
         lines.json().with_filter(filter).boxed()
     } else {
