@@ -19,6 +19,7 @@ mod controller;
 pub mod feed;
 pub mod http;
 mod metrics;
+mod text;
 
 pub use config::Args;
 pub use controller::Controller;

@@ -12,7 +12,7 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 use super::{AuthError, Authenticator};
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, text::one_line};
 
 #[derive(Clone)]
 pub struct AuthenticateLayer {
@@ -94,7 +94,7 @@ where
                         reason = error.reason(),
                         "refused an unauthenticated call: {}",
                         // It may quote the token's header.
-                        error.to_string().escape_debug()
+                        one_line(&error.to_string())
                     );
                     Ok(error.status().into_http())
                 }

@@ -19,7 +19,7 @@ use super::{
     journal::{Entry, Journal},
     limit::RateLimit,
 };
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, text::one_line};
 
 /// The shortest life that is worth a certificate.
 const SHORTEST: Duration = Duration::from_secs(60);
@@ -149,7 +149,7 @@ impl IstioCertificateService for CertificateService {
                     reason,
                     "refused a certificate: {}",
                     // It may quote the request.
-                    message.escape_debug()
+                    one_line(&message)
                 );
                 Err(Status::new(code, message))
             }
