@@ -187,7 +187,7 @@ fn creation_is_idempotent_tagged_and_rehearsed() {
             ("Filter.2.Value.1", "aws-K8S-*"),
         ],
     );
-    assert_eq!(found.ok().all("networkInterfaceId"), [id.clone()]);
+    assert_eq!(found.ok().all("networkInterfaceId").concat(), id);
     assert_eq!(
         client.interface(&id).get("description").unwrap(),
         "aws-K8S-&lt;node&gt;&amp;co"

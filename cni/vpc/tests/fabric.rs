@@ -70,8 +70,11 @@ fn only_assigned_addresses_pass_and_an_unassigned_one_is_cut_off() {
     echo_server(&vpc.namespace("node-b"), server);
     let mut stream = connect(&pod, Some(assigned), server).unwrap();
     assert!(echoes(&mut stream), "an assigned address does not pass");
+    assert!(connect(&pod, Some(stranger), server).is_err());
+    let attacker = IpAddr::from([203, 0, 113, 66]);
+    assert!(vpc.escapes(&pod, assigned, attacker));
     assert!(
-        connect(&pod, Some(stranger), server).is_err(),
+        !vpc.escapes(&pod, stranger, attacker),
         "an address that EC2 never gave passes"
     );
     // The other way: to the pod, from outside.
@@ -95,17 +98,25 @@ fn only_assigned_addresses_pass_and_an_unassigned_one_is_cut_off() {
         "still reached"
     );
 
-    let source_check = [
-        ("NetworkInterfaceId", eni.as_str()),
-        ("SourceDestCheck.Value", "false"),
-    ];
-    client
-        .call("ModifyNetworkInterfaceAttribute", &source_check)
-        .ok();
-    datagram(&pod, at([203, 0, 113, 66], 9), b"unchecked");
-    vpc.logged("a packet past the check that is off", |r| {
-        r.protocol == "udp" && r.port == 9
-    });
+    assert!(
+        !vpc.escapes(&pod, assigned, attacker),
+        "an address that was taken away passes"
+    );
+
+    let check = |on: &str| {
+        let params = [
+            ("NetworkInterfaceId", eni.as_str()),
+            ("SourceDestCheck.Value", on),
+        ];
+        client.call("ModifyNetworkInterfaceAttribute", &params).ok();
+    };
+    check("false");
+    assert!(
+        vpc.escapes(&pod, stranger, attacker),
+        "the check is off, and still it is made"
+    );
+    check("true");
+    assert!(!vpc.escapes(&pod, stranger, attacker));
 }
 
 #[test]
@@ -131,6 +142,11 @@ fn ipv6_is_checked_too() {
     });
     assert_eq!(open.peer.ip(), own, "IPv6 is not translated");
     assert!(connect(&pod, Some(stranger), attacker).is_err());
+    assert!(vpc.escapes(&pod, own, attacker.ip()));
+    assert!(
+        !vpc.escapes(&pod, stranger, attacker.ip()),
+        "an address that EC2 never gave passes"
+    );
 }
 
 #[test]
@@ -244,7 +260,7 @@ fn whatever_leaves_is_heard_on_every_port_and_address() {
             (closed.bytes, closed.first.as_str()),
             (10, "74686520736563726574")
         );
-        datagram(&node, at(address, 1234), b"udp secret");
+        datagram(&node, None, at(address, 1234), b"udp secret");
         let datagram = vpc.logged("UDP", |r| {
             r.host == host && r.protocol == "udp" && r.port == 1234 && r.address == address
         });

@@ -10,6 +10,7 @@
 pub mod isolation;
 mod links;
 pub(crate) mod rules;
+mod uplink;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,24 +23,18 @@ use tokio::task;
 
 use self::{
     links::{Links, Peer, Via},
-    rules::{PORT, UPLINK},
+    rules::PORT,
 };
 use crate::{
     netns::{self, Namespace},
-    spec::{METADATA, Spec},
+    spec::Spec,
     world::{InterfaceId, Port},
 };
 
-/// As EC2's within a VPC, and the internet's beyond.
+/// As EC2's within a VPC.
 const VPC_MTU: u32 = 9001;
-const INTERNET_MTU: u32 = 1500;
 /// The router on every link, for IPv6.
 const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
-/// The link between router and internet, for IPv6.
-const UPLINK6: [Ipv6Addr; 2] = [
-    Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1),
-    Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 2),
-];
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -145,7 +140,7 @@ impl Fabric {
         blocking(move || {
             for namespace in made.all() {
                 Namespace::create(namespace.name())?;
-                quiet(namespace)?;
+                uplink::quiet(namespace)?;
             }
             for instance in instances.iter().filter(|instance| instance.forwarding) {
                 if let Some(namespace) = made.instances.get(&instance.name) {
@@ -163,7 +158,7 @@ impl Fabric {
             plugged: BTreeMap::new(),
             next_link: AtomicU32::new(1),
         };
-        fabric.join_internet().await?;
+        uplink::join(spec, &fabric.namespaces, &fabric.links).await?;
         Ok(fabric)
     }
 
@@ -373,50 +368,6 @@ impl Fabric {
         Ok(())
     }
 
-    async fn join_internet(&self) -> Result<(), Error> {
-        let [near4, far4] = uplink4(self.spec.nat_address());
-        let peer = Peer {
-            namespace: &self.namespaces.internet,
-            link: "eth0".into(),
-            mac: None,
-            up: true,
-        };
-        let uplink = self.links.add_veth(UPLINK, INTERNET_MTU, peer).await?;
-        self.links.add_address(uplink, near4.into()).await?;
-        self.links
-            .add_address(uplink, Ipv6Net::new_assert(UPLINK6[0], 64).into())
-            .await?;
-        self.links
-            .add_route(anywhere4(), Via::Neighbour(uplink, far4.addr().into()))
-            .await?;
-        self.links
-            .add_route(anywhere6(), Via::Neighbour(uplink, UPLINK6[1].into()))
-            .await?;
-        for private in isolation::unreachable(&self.spec) {
-            self.links.add_route(private, Via::Unreachable).await?;
-        }
-        let lo = self.links.index("lo").await?;
-        for own in [self.spec.resolver(), METADATA] {
-            self.links
-                .add_address(lo, Ipv4Net::from(own).into())
-                .await?;
-        }
-
-        let internet = Links::open(&self.namespaces.internet)?;
-        let (eth0, lo) = (internet.index("eth0").await?, internet.index("lo").await?);
-        internet.add_address(eth0, far4.into()).await?;
-        internet
-            .add_address(eth0, Ipv6Net::new_assert(UPLINK6[1], 64).into())
-            .await?;
-        if let Some(v6) = self.spec.ipv6_cidr() {
-            let via = Via::Neighbour(eth0, UPLINK6[0].into());
-            internet.add_route(v6.into(), via).await?;
-        }
-        // Every address of the internet is here, so that whatever leaves the VPC is seen.
-        internet.add_route(anywhere4(), Via::Here(lo)).await?;
-        internet.add_route(anywhere6(), Via::Here(lo)).await
-    }
-
     async fn load(&self, script: String) -> Result<(), Error> {
         if script.is_empty() {
             return Ok(());
@@ -424,18 +375,6 @@ impl Fabric {
         let router = self.namespaces.router.clone();
         blocking(move || rules::load(&router, &script)).await
     }
-}
-
-/// Nothing in a box asks whether an address is taken, sends redirects, or takes routes from
-/// strangers.
-fn quiet(namespace: &Namespace) -> Result<(), Error> {
-    for scope in ["all", "default"] {
-        namespace.sysctl(&format!("ipv4/conf/{scope}/rp_filter"), "0")?;
-        namespace.sysctl(&format!("ipv4/conf/{scope}/send_redirects"), "0")?;
-        namespace.sysctl(&format!("ipv6/conf/{scope}/accept_dad"), "0")?;
-        namespace.sysctl(&format!("ipv6/conf/{scope}/accept_ra"), "0")?;
-    }
-    Ok(())
 }
 
 /// Where to each address of `port` that `other` has not: over the link for the primary ones, which
@@ -492,12 +431,6 @@ fn first6(port: &Port) -> Option<Ipv6Addr> {
 /// A subnet's router: its first address.
 pub(crate) fn gateway(subnet: Ipv4Net) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(subnet.network()) + 1)
-}
-
-/// Both ends of the link to the internet: the NAT address and its neighbour.
-fn uplink4(nat: Ipv4Addr) -> [Ipv4Net; 2] {
-    let far = Ipv4Addr::from(u32::from(nat) ^ 1);
-    [Ipv4Net::new_assert(nat, 31), Ipv4Net::new_assert(far, 31)]
 }
 
 fn anywhere4() -> IpNet {

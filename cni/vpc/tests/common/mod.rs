@@ -173,6 +173,25 @@ impl Vpc {
         eventually(what, || self.internet_log().into_iter().find(&wanted))
     }
 
+    /// Whether a datagram from here gets out: one that surely does is sent after it and waited for.
+    pub(crate) fn escapes(&self, from: &Namespace, source: IpAddr, to: IpAddr) -> bool {
+        let mark = fastrand::u64(..).to_be_bytes();
+        datagram(from, Some(source), SocketAddr::new(to, 7001), &mark);
+        datagram(
+            &self.namespace("control"),
+            None,
+            SocketAddr::new(to, 7002),
+            &mark,
+        );
+        let hex: String = mark.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.logged("the datagram that is allowed", |r| {
+            r.port == 7002 && r.first == hex
+        });
+        self.internet_log()
+            .iter()
+            .any(|r| r.port == 7001 && r.first == hex)
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
     }
@@ -309,11 +328,14 @@ pub(crate) fn echoes(stream: &mut TcpStream) -> bool {
     stream.write_all(b"hello").is_ok() && stream.read_exact(&mut back).is_ok() && &back == b"hello"
 }
 
-pub(crate) fn datagram(from: &Namespace, to: SocketAddr, payload: &[u8]) {
-    let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }
-        .parse()
-        .unwrap();
-    let socket: UdpSocket = from.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+pub(crate) fn datagram(from: &Namespace, source: Option<IpAddr>, to: SocketAddr, payload: &[u8]) {
+    let any = if to.is_ipv4() {
+        IpAddr::from([0, 0, 0, 0])
+    } else {
+        IpAddr::from([0; 16])
+    };
+    let own = SocketAddr::new(source.unwrap_or(any), 0);
+    let socket: UdpSocket = from.run(|| UdpSocket::bind(own)).unwrap().unwrap();
     socket.send_to(payload, to).unwrap();
 }
 
