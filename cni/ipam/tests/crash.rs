@@ -16,7 +16,7 @@ use std::{
 };
 
 use turnpike_ipam::{
-    Action, Attachment, Config, Eni, EniId, Holder, Limits, Moment, PodRef, Store, Targets,
+    Action, Attachment, Config, Eni, EniId, Holder, Limits, Moment, PodRef, Store, Tail, Targets,
     journal::{Journal, JournalError},
 };
 
@@ -154,6 +154,26 @@ async fn a_journal_cut_at_any_byte_keeps_all_that_was_acknowledged_before() {
             );
         }
     }
+}
+
+#[tokio::test]
+async fn after_a_torn_tail_the_journal_goes_on_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let store = open(folder.path());
+        fill(&store).await;
+        add(&store, "c1").await.unwrap();
+    }
+    let file = folder.path().join("pool.journal");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes.extend([b'x'; 5_000]);
+    fs::write(&file, &bytes).unwrap();
+    {
+        let store = open(folder.path());
+        add(&store, "c2").await.unwrap();
+    }
+    let opened = Journal::open(folder.path()).unwrap();
+    assert_eq!((opened.tail, opened.cut), (Tail::Clean, 0));
 }
 
 #[tokio::test]

@@ -254,3 +254,24 @@ fn after_a_refusal_ec2_is_left_in_peace() {
     assert_eq!(pool.plan(later(119)), []);
     assert_eq!(pool.plan(later(120)), [assign(0, 2)]);
 }
+
+#[test]
+fn what_goes_back_is_never_a_pods() {
+    let mut pool = pool(by_address(1, 0));
+    attach(&mut pool, 0, 6, START);
+    let used: Vec<_> = (0..3).map(|n| lease(&mut pool, n, START)).collect();
+    let actions = pool.plan(START);
+    let [Action::Unassign { addresses, .. }] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    assert_eq!(addresses.len(), 2);
+    assert!(addresses.iter().all(|address| !used.contains(address)));
+    let stolen = Action::Unassign {
+        eni: EniId::new("eni-0"),
+        addresses: used,
+    };
+    assert!(
+        pool.begin(stolen, "t".into(), START, &mut Vec::new())
+            .is_none()
+    );
+}
