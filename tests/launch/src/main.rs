@@ -126,18 +126,19 @@ fn tests(filter: &[&str]) -> Result<(), String> {
 fn bench(rest: &[&str]) -> Result<(), String> {
     machine::require_root("cargo bench-proxy")?;
     machine::require(machine::BENCH)?;
-    let release = [
-        "build",
-        "--release",
-        "-p",
-        "turnpike-sidecar",
-        "-p",
-        "turnpike-bench",
-    ];
-    steps::cargo("build for speed", &release)?;
     steps::cargo(
-        "build the control plane",
-        &["build", "-p", "turnpike-server"],
+        "build our proxy for speed",
+        &["build", "--release", "-p", "turnpike-sidecar"],
     )?;
-    steps::hand_over("../release/turnpike-bench", rest)
+    steps::cargo(
+        "build the programs around it",
+        &["build", "--workspace", "--bins"],
+    )?;
+    let envoy = machine::envoy();
+    let mut arguments: Vec<&str> = rest.to_vec();
+    match &envoy {
+        Ok(path) => arguments.extend(["--envoy", path]),
+        Err(why) => eprintln!("Envoy is left out: {why}"),
+    }
+    steps::hand_over("turnpike-bench", &arguments)
 }

@@ -32,6 +32,8 @@ impl Capture {
         let tcpdump = Daemon::start("tcpdump", command, &router, &folder, false)?;
         wait_for(Duration::from_secs(10), || tcpdump.log().contains("listening").then_some(()))
             .with_context(|| format!("tcpdump did not begin: {}", tcpdump.log()))?;
+        // It says so a moment before the first packet is really taken.
+        std::thread::sleep(Duration::from_millis(200));
         Ok(Self { tcpdump, file })
     }
 

@@ -20,20 +20,13 @@ pub const SLOW: &str = "10.96.0.22";
 const WAIT: &[&str] = &["sleep", "infinity"];
 const NGINX: &[&str] = &["nginx", "-c", "/run/config/nginx.conf"];
 
-/// What injection is told in the box.
-pub fn inject_config() -> InjectConfig {
-    InjectConfig {
-        controller: format!("{CONTROL}:15012"),
-        controller_name: CONTROLLER_NAME.to_owned(),
-        ..InjectConfig::default()
-    }
-}
-
 /// nginx as it comes, with a configuration that its pod's files can turn bad:
 /// `/run/scratch/broken` answers 503, `/run/scratch/hang` never answers.
 /// `failing` is the share of requests, in percent, answered 503 in any case.
 pub fn nginx_conf(failing: u32) -> String {
-    format!(include_str!("../cluster/nginx.conf.in"), failing = failing)
+    // nginx refuses a share of 0%.
+    let share = if failing == 0 { String::new() } else { format!("{failing}% 1;") };
+    include_str!("../cluster/nginx.conf.in").replace("@SHARE@", &share)
 }
 
 /// A web server's pod.
@@ -65,6 +58,16 @@ pub fn client<'a>(namespace: &'a str, name: &'a str, app: &'a str, node: &'a str
 }
 
 impl World {
+    /// What injection is told in the box.
+    pub fn inject_config(&self) -> InjectConfig {
+        InjectConfig {
+            controller: format!("{CONTROL}:15012"),
+            controller_name: CONTROLLER_NAME.to_owned(),
+            otlp_endpoint: Some(self.otlp_endpoint()),
+            ..InjectConfig::default()
+        }
+    }
+
     /// Adds the story's namespaces, service accounts, Services and their names.
     pub fn furnish(&mut self) -> Result<()> {
         self.directory.write("shop", include_str!("../cluster/shop.yaml"))?;

@@ -37,6 +37,7 @@ impl Daemon {
         let file = name.replace('/', "-");
         let log = folder.join(format!("{file}.log"));
         let mut command = command
+            .env("RUST_BACKTRACE", "0")
             .stdout(Output::File(folder.join(format!("{file}.out"))))
             .stderr(Output::File(log.clone()));
         command = if keep { command.new_session() } else { command.die_with_parent() };
@@ -70,6 +71,11 @@ impl Daemon {
 
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
+    }
+
+    /// Where its log is.
+    pub fn folder(&self) -> &Path {
+        self.log.parent().unwrap_or(&self.log)
     }
 
     pub fn namespace(&self) -> &Namespace {

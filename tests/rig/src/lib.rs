@@ -18,6 +18,7 @@ pub mod otlp;
 pub mod pods;
 pub mod story;
 pub mod tokens;
+pub mod traffic;
 pub mod world;
 
 use std::{

@@ -7,6 +7,7 @@
 //! 4. the status (address, readiness) is written back into the object.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::{IpAddr, Ipv4Addr},
     os::unix::fs::chown,
@@ -147,8 +148,21 @@ impl World {
     /// for injection.
     pub fn start_pod(&mut self, workload: &Workload<'_>, labelled: bool) -> Result<&Pod> {
         let zone = self.node(workload.node)?.zone;
-        let object = injected(workload.object(zone)?, labelled)?;
+        let object = self.injected(workload.object(zone)?, labelled)?;
         self.start_object(object, &workload.files)
+    }
+
+    /// Runs the pod through injection, as the webhook will.
+    pub fn injected(&self, object: PodObject, labelled: bool) -> Result<PodObject> {
+        let label = ("turnpike.dev/inject".to_owned(), "enabled".to_owned());
+        let labels = if labelled { [label].into() } else { BTreeMap::new() };
+        match inject::inject(&object, &labels, &self.inject_config())? {
+            Injection::Injected(pod) => Ok(*pod),
+            Injection::Skipped(reason) => {
+                ensure!(!labelled, "the pod was not injected: {reason}");
+                Ok(object)
+            }
+        }
     }
 
     /// Starts a Pod object as it is.
@@ -158,7 +172,9 @@ impl World {
         let node = object.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
         let folder = self.folder.join("pods").join(file(&key));
         fs::create_dir_all(&folder)?;
-        let namespace = Namespace::create(&format!("{}-{}-{}", self.options.name, key.0, key.1))?;
+        let namespace = Namespace::handle(&format!("{}-{}-{}", self.options.name, key.0, key.1))?;
+        turnpike_vpc::claim::add(&self.options.name, &namespace)?;
+        let namespace = Namespace::create(namespace.name())?;
         let sandbox = Sandbox { node: &node, key: &key, id: uid_of(&object), namespace: &namespace };
         let added = self.cni("ADD", &sandbox);
         let address = match added {
@@ -205,7 +221,10 @@ impl World {
             .and_then(|user| u32::try_from(user).ok())
             .unwrap_or(APP_USER);
         let mut command = if container.name == SIDECAR {
-            Command::new(program("turnpike-proxy")?)
+            match &self.options.proxy {
+                Some(build) => Command::new(build),
+                None => Command::new(program("turnpike-proxy")?),
+            }
         } else {
             let line = container.command.clone().unwrap_or_default();
             let (first, rest) = line.split_first().context("a container of the box has a command")?;
@@ -353,6 +372,7 @@ impl World {
             namespace: &pod.namespace,
         })?;
         pod.namespace.remove(Duration::from_millis(500))?;
+        turnpike_vpc::claim::forget(&self.options.name, &pod.namespace)?;
         self.directory.remove(&file(&key))?;
         Ok(())
     }
@@ -404,25 +424,9 @@ impl World {
     }
 }
 
-/// Runs the pod through injection, as the webhook will.
-pub fn injected(object: PodObject, labelled: bool) -> Result<PodObject> {
-    let labels = if labelled {
-        [("turnpike.dev/inject".to_owned(), "enabled".to_owned())].into()
-    } else {
-        Default::default()
-    };
-    match inject::inject(&object, &labels, &crate::cluster::inject_config())? {
-        Injection::Injected(pod) => Ok(*pod),
-        Injection::Skipped(reason) => {
-            ensure!(!labelled, "the pod was not injected: {reason}");
-            Ok(object)
-        }
-    }
-}
-
 /// Folders of its own, so that a pod sees nothing of this machine's.
 fn in_pod(command: Command) -> Command {
-    command.tmpfs("/run").tmpfs("/tmp")
+    command.tmpfs("/run").tmpfs("/tmp").tmpfs("/var/lib")
 }
 
 fn value_of(variable: &EnvVar, pod: &Pod) -> Result<String> {

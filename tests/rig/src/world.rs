@@ -12,7 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use turnpike_vpc::netns::{Command, Namespace};
+use turnpike_vpc::{
+    fabric::isolation,
+    netns::{Command, Namespace},
+    resolver::Names,
+    run::Ready,
+};
 
 use crate::{
     daemon::{self, Daemon},
@@ -51,6 +56,8 @@ pub struct Options {
     pub keep: bool,
     /// Where spans and metrics go; `None`: to a sink of the world's own.
     pub otlp: Option<String>,
+    /// Another build of the sidecar than the one beside this program.
+    pub proxy: Option<PathBuf>,
     /// Added to the agents' environment, e.g. `WARM_IP_TARGET`.
     pub agent_environment: Vec<(String, String)>,
 }
@@ -58,7 +65,13 @@ pub struct Options {
 impl Options {
     /// A world for one test.
     pub fn test(name: &str) -> Self {
-        Self { name: format!("tpt-{name}"), keep: false, otlp: None, agent_environment: Vec::new() }
+        Self {
+            name: format!("tpt-{name}"),
+            keep: false,
+            otlp: None,
+            proxy: None,
+            agent_environment: Vec::new(),
+        }
     }
 }
 
@@ -87,10 +100,11 @@ pub struct World {
     /// Present unless the user named a collector.
     pub sink: Option<Sink>,
     pub control: Namespace,
-    pub(crate) names: BTreeMap<String, Vec<IpAddr>>,
+    /// What the VPC says of itself.
+    pub ready: Ready,
+    names: Names,
     vpc: Child,
-    // Held, not used: the sink's tasks live on it.
-    _runtime: tokio::runtime::Runtime,
+    runtime: tokio::runtime::Runtime,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -115,7 +129,7 @@ impl World {
         progress: &dyn Fn(&str),
     ) -> Result<Self> {
         progress("VPC: router, subnets, NAT gateway, internet, two nodes");
-        let vpc = start_vpc(&options, &folder)?;
+        let (vpc, ready) = start_vpc(&options, &folder)?;
         let control = Namespace::open(&format!("{}-control", options.name))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -157,9 +171,10 @@ impl World {
             pods: BTreeMap::new(),
             sink,
             control,
-            names: BTreeMap::new(),
+            ready,
+            names: Names::new(),
             vpc,
-            _runtime: runtime,
+            runtime,
             _turn: turn,
         };
         world.prove_isolation()?;
@@ -184,9 +199,17 @@ impl World {
         }
     }
 
-    /// Fails unless no namespace of this world has a way out to the machine's own network.
+    /// Fails unless no namespace of this world, pods' included, has a way out to the machine's own
+    /// network.
     pub fn prove_isolation(&self) -> Result<()> {
-        Ok(turnpike_vpc::prove_isolation(&self.options.name)?)
+        let fabric = [&self.ready.router, &self.ready.internet].into_iter();
+        let instances = self.ready.instances.values().map(|instance| &instance.namespace);
+        let mut all: Vec<Namespace> =
+            fabric.chain(instances).map(|name| Namespace::open(name)).collect::<Result<_, _>>()?;
+        all.extend(self.pods.values().map(|pod| pod.namespace.clone()));
+        let router = Namespace::open(&self.ready.router)?;
+        let cidr = self.ready.cidr.parse()?;
+        Ok(self.runtime.block_on(isolation::prove(&router, &all, cidr))?)
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {
@@ -196,11 +219,6 @@ impl World {
     pub fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
         let found = self.nodes.iter_mut().find(|node| node.name == name);
         found.with_context(|| format!("no node {name}"))
-    }
-
-    /// Files of the VPC itself: the internet's log and root certificate.
-    pub fn vpc_file(&self, name: &str) -> PathBuf {
-        self.folder.join("vpc").join(name)
     }
 
     /// A namespace of the fabric: `router`, `internet`, an instance, or a pod's.
@@ -225,7 +243,7 @@ impl World {
         } else {
             self.names.insert(name.to_owned(), addresses.to_vec());
         }
-        turnpike_vpc::write_zone(&self.vpc_file(""), &self.names)?;
+        turnpike_vpc::resolver::write_zone(&self.ready.zone_file, &self.names)?;
         Ok(())
     }
 
@@ -417,7 +435,7 @@ impl Drop for Undo {
     }
 }
 
-fn start_vpc(options: &Options, folder: &Path) -> Result<Child> {
+fn start_vpc(options: &Options, folder: &Path) -> Result<(Child, Ready)> {
     let state = folder.join("vpc");
     fs::create_dir_all(&state)?;
     let log = fs::File::create(folder.join("vpc.log"))?;
@@ -441,7 +459,8 @@ fn start_vpc(options: &Options, folder: &Path) -> Result<Child> {
         }
         thread::sleep(Duration::from_millis(20));
     }
-    Ok(child)
+    let ready = serde_json::from_slice(&fs::read(state.join("ready"))?)?;
+    Ok((child, ready))
 }
 
 fn own_sink(control: &Namespace, runtime: &tokio::runtime::Runtime) -> Result<Sink> {

@@ -18,9 +18,6 @@ use turnpike_rig::{
 
 use self::screen::Screen;
 
-/// Prefix of the demo's namespaces.
-const NAME: &str = "tp-demo";
-
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
@@ -31,6 +28,9 @@ pub(crate) struct Arguments {
     /// Where the report goes, as a page for a browser
     #[arg(long, default_value = "turnpike-demo.html")]
     report: PathBuf,
+    /// Prefix of the namespaces, so that several boxes can stand side by side
+    #[arg(long, default_value = "tp-demo")]
+    name: String,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -48,19 +48,20 @@ struct Told {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let Arguments { action, keep, report } = arguments;
+    let Arguments { action, keep, report, name } = arguments;
     if let Some(Action::Down) = action {
-        World::clean(NAME)?;
+        World::clean(name)?;
         println!("the demo is down: no namespace, rule or process of it is left");
         return Ok(ExitCode::SUCCESS);
     }
-    clean_on_interrupt()?;
+    clean_on_interrupt(name.clone())?;
     let screen = Screen::new();
     let begun = Instant::now();
     let options = Options {
-        name: NAME.to_owned(),
+        name: name.clone(),
         keep: *keep,
         otlp: std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok(),
+        proxy: None,
         agent_environment: Vec::new(),
     };
     let bar = screen.begin("Bringing the box up");
@@ -103,12 +104,12 @@ fn tell(screen: &Screen, world: &mut World, step: &Step) -> Told {
 }
 
 /// Ctrl-C takes the box down before the program ends.
-fn clean_on_interrupt() -> Result<()> {
+fn clean_on_interrupt(name: String) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::spawn(move || {
         if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
             eprintln!("\ntaking the box down");
-            if let Err(error) = World::clean(NAME) {
+            if let Err(error) = World::clean(&name) {
                 eprintln!("{error:#}");
             }
             std::process::exit(130);

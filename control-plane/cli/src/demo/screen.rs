@@ -68,7 +68,7 @@ impl Screen {
     pub(super) fn summary(&self, steps: &[Told], total: Duration) {
         let mut table = Table::new();
         table
-            .load_preset(presets::UTF8_HORIZONTAL_ONLY)
+            .load_style(presets::UTF8_HORIZONTAL_ONLY)
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_header(["Step", "Held", "Time", "Figures"]);
         for step in steps {
@@ -119,10 +119,13 @@ The box is still up. Look around:
   try to leave             ip netns exec {name}-shop-payer curl -sk --max-time 3 https://203.0.113.66/
   edit a policy            {policies}/egress.yaml takes effect when it is saved
   a sidecar's metrics      ip netns exec {name}-shop-client curl -s http://127.0.0.1:15020/metrics
-  what left, and what not  turnpike egress log --audit http://10.0.0.10:15017 --netns {name}-control
+  what left, and what not  {turnpike} egress log --store sqlite:{folder}/control/audit.db
+  whether the record holds {turnpike} egress verify --store sqlite:{folder}/control/audit.db \\
+                             --root-file {folder}/root.pem
   logs of every part       {folder}
 
 Take it down: cargo demo down",
         folder = world.folder.display(),
+        turnpike = std::env::current_exe().unwrap_or_else(|_| "turnpike".into()).display(),
     );
 }

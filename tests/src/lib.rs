@@ -1,1 +1,0 @@
-//! Whole-system tests live in the folders beside this one; see README.md.
