@@ -7,6 +7,7 @@
 
 use std::{
     collections::BTreeSet,
+    path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -123,6 +124,10 @@ pub async fn add(node: &Arc<Node>, request: &AddRequest) -> Result<AddReply, Att
         return Err(AttachError::Busy(crate::node::ADDS));
     };
     let turn = node.flights.begin(&holder.attachment).await;
+    // A DEL of an earlier life still to be done: now, not when this one is up.
+    if node.tombstones.take(&holder.attachment) {
+        detach(node, &holder.attachment).await;
+    }
     if let Some(reply) = repeated(node, &holder).await {
         return Ok(reply);
     }
@@ -141,7 +146,7 @@ pub async fn add(node: &Arc<Node>, request: &AddRequest) -> Result<AddReply, Att
 }
 
 /// The answer to an ADD that was answered before, if what it built still stands. What does not
-/// stand is taken down, to be built again with the same address.
+/// stand is taken down, to be built anew.
 async fn repeated(node: &Node, holder: &Holder) -> Option<AddReply> {
     let lease = node.lease_of(&holder.attachment)?;
     let note = note_of(&lease)?;
@@ -381,6 +386,14 @@ fn reply(lease: &Lease, applied: &Applied) -> AddReply {
 pub async fn del(node: &Arc<Node>, attachment: &Attachment) {
     let _turn = node.flights.end(attachment).await;
     detach(node, attachment).await;
+}
+
+/// Does a DEL that was left, unless an ADD was there before and has done it.
+pub async fn bury(node: &Arc<Node>, attachment: &Attachment, tombstone: &Path) {
+    let _turn = node.flights.end(attachment).await;
+    if std::fs::remove_file(tombstone).is_ok() {
+        detach(node, attachment).await;
+    }
 }
 
 /// The caller has the attachment's turn.

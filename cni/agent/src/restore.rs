@@ -121,9 +121,7 @@ pub async fn bury(node: &Arc<Node>) -> std::io::Result<()> {
             ifname,
         };
         tracing::info!(%attachment, "deleted, as a tombstone says");
-        // Gone first: a DEL that fails leaves a new one.
-        std::fs::remove_file(&path)?;
-        attach::del(node, &attachment).await;
+        attach::bury(node, &attachment, &path).await;
     }
     Ok(())
 }

@@ -64,6 +64,11 @@ impl Tombstones {
         Ok(found)
     }
 
+    /// Removes the attachment's, if there is one.
+    pub fn take(&self, attachment: &Attachment) -> bool {
+        fs::remove_file(self.folder.join(name(attachment))).is_ok()
+    }
+
     /// Leaves one for the next time.
     pub fn leave(&self, attachment: &Attachment) -> io::Result<()> {
         let Attachment {
@@ -75,7 +80,7 @@ impl Tombstones {
             ifname: ifname.clone(),
             ..Tombstone::default()
         };
-        let name = format!("{}@{}.json", plain(container_id), plain(ifname));
+        let name = name(attachment);
         let new = self.folder.join(format!(".{name}"));
         fs::write(&new, serde_json::to_vec(&tombstone)?)?;
         fs::rename(&new, self.folder.join(name))
@@ -89,8 +94,17 @@ fn read_one(path: &Path) -> io::Result<Tombstone> {
     Ok(serde_json::from_slice(&fs::read(path)?)?)
 }
 
-/// Nothing in a file name that is not an id's.
+fn name(attachment: &Attachment) -> String {
+    let Attachment {
+        container_id,
+        ifname,
+    } = attachment;
+    format!("{}@{}.json", plain(container_id), plain(ifname))
+}
+
+/// Nothing in a file name that is not an id's, and no dot at its beginning.
 fn plain(text: &str) -> String {
+    let text = text.trim_start_matches('.');
     text.chars()
         .map(|c| {
             if c.is_ascii_alphanumeric() || "-_.".contains(c) {
@@ -121,6 +135,7 @@ mod tests {
         let found = tombstones.read().unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].1.container_id, "../c/1");
+        assert!(tombstones.take(&attachment) && !tombstones.take(&attachment));
         assert!(folder.path().join("removed/x.unreadable").exists());
     }
 }

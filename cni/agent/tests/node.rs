@@ -77,9 +77,18 @@ fn a_pod_outlives_the_agent_and_the_agent_knows_it_again() {
         rig.del(&b).ok,
         "DEL succeeds while nobody is there to do it"
     );
+    let tombstone = rig.path("removed/b@eth0.json");
+    let words = std::fs::read(&tombstone).unwrap();
     rig.start();
     assert_eq!(rig.leases().len(), 1, "the DEL was done at the start");
+    assert!(!tombstone.exists());
     assert!(talk(&a.netns, &b.netns, at_b).is_err());
+
+    // One that comes to light late does not end the attachment's next life.
+    std::fs::write(&tombstone, words).unwrap();
+    let at_b = rig.add(&b).address();
+    assert!(!tombstone.exists(), "done before the ADD, not after it");
+    assert_eq!(talk(&a.netns, &b.netns, at_b).unwrap(), at_a);
 
     for pod in [&a, &a, &b] {
         assert!(rig.del(pod).ok, "DEL twice is fine");
