@@ -319,6 +319,14 @@ fn callers_from_outside_reach_the_ports_that_are_admitted_while_they_are() {
             "no longer admitted"
         );
     }
+    // Not even one packet, whether it would be answered or not.
+    let inside = Sniffer::new(&pod.netns, &["eth0"]);
+    for (number, at) in [(1, IpAddr::from(pod4(6))), (2, pod6(6).into())] {
+        throw(&world.outside, (at, 8443), &token(number));
+        assert!(!inside.saw(token(number)), "an uninvited datagram to {at}");
+        throw(&peer.netns, (at, 8443), &token(number));
+        assert!(inside.saw(token(number)), "the cluster's datagram to {at}");
+    }
     let counts = world.wait(datapath.counts()).unwrap();
     assert!(
         counts.inbound[&IpAddr::from(pod4(6))].bytes > 0,

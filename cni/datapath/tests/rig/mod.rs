@@ -253,6 +253,14 @@ impl World {
     }
 }
 
+/// Threads that serve until the process ends may still hold a namespace; its name goes with the test.
+impl Drop for World {
+    fn drop(&mut self) {
+        discard(&self.node.path());
+        discard(&self.outside.path());
+    }
+}
+
 pub(crate) struct Pod {
     pub(crate) netns: Namespace,
     pub(crate) plan: PodPlan,
