@@ -104,7 +104,13 @@ async fn many_waiters_are_one_question() {
     pod.server
         .see("the question", |r| r.resource_names_subscribe == [name])
         .await;
+    // Those who come while it is under way wait with the others. The question for another
+    // address, sent after theirs would have been, shows that there was none.
+    let late = tokio::spawn(join_all((0..10).map(|_| store.destination(ip(7)))));
+    store.destination(ip(6)).await;
+    assert_eq!(asked(&pod, Destination::TYPE_URL, name), 1);
     pod.server.let_go(name);
+    timeout(PATIENCE, late).await.unwrap().unwrap();
     let answers = timeout(PATIENCE, answers).await.unwrap().unwrap();
     assert!(
         answers
