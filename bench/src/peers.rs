@@ -5,7 +5,7 @@
 use std::{fs, net::IpAddr, path::Path};
 
 use anyhow::Result;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use turnpike_rig::{Pod, daemon::Daemon};
 use turnpike_vpc::netns::Command;
 
@@ -83,6 +83,8 @@ impl Certificates {
     pub(crate) fn make() -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // A leaf by the same name as its issuer would pass for self-signed.
+        params.distinguished_name.push(DnType::CommonName, "bench root");
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
         let key = KeyPair::generate()?;
         let leaf = CertificateParams::new(["peer".to_owned()])?.signed_by(&key, &issuer)?;

@@ -1,7 +1,7 @@
 //! One address that requests can go to, as one worker sees it.
 
 use std::{
-    cell::OnceCell,
+    cell::{Cell, OnceCell},
     io,
     net::SocketAddr,
     rc::Rc,
@@ -30,6 +30,8 @@ pub(crate) struct Endpoint {
     pub(crate) service: Option<ServiceKey>,
     pub(crate) health: Arc<Health>,
     pub(crate) load: Load,
+    /// The readmission that `load` knows of.
+    readmitted: Cell<u64>,
     pub(crate) pool: Pool,
     http_series: [OnceCell<Arc<dyn HttpSeries>>; 2],
     tcp_series: OnceCell<Arc<dyn TcpSeries>>,
@@ -49,12 +51,20 @@ impl Endpoint {
             address,
             peer,
             service,
+            readmitted: Cell::new(health.readmission(u64::MAX)),
             health,
             load: Load::new(now),
             pool: Pool::default(),
             http_series: [OnceCell::new(), OnceCell::new()],
             tcp_series: OnceCell::new(),
         })
+    }
+
+    /// True once for each time that the endpoint came back after an ejection: what this worker
+    /// knows of it is out of date.
+    pub(crate) fn came_back(&self, now_ms: u64) -> bool {
+        let readmission = self.health.readmission(now_ms);
+        readmission != 0 && self.readmitted.replace(readmission) != readmission
     }
 
     pub(crate) fn identity(&self) -> Option<&Identity> {

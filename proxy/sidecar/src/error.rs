@@ -10,6 +10,9 @@ use crate::{http::body::ResponseBody, observe::Flags};
 /// The header that tells the proxy's own answers from a server's.
 pub(crate) const ERROR_HEADER: &str = "x-turnpike-error";
 
+/// The timeout that is about nothing moving.
+pub(crate) const IDLE: &str = "idle";
+
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum ProxyError {
     #[error("malformed request: {0}")]
@@ -119,6 +122,7 @@ impl ProxyError {
             Self::Unsent(_) | Self::Closed(_) => Flags::UPSTREAM_CLOSED,
             Self::Refused | Self::Reset(_) => Flags::UPSTREAM_RESET,
             Self::BadAnswer(_) => Flags::UPSTREAM_PROTOCOL,
+            Self::Timeout { what: IDLE, .. } => Flags::IDLE,
             Self::Timeout { .. } => Flags::TIMEOUT,
         }
     }

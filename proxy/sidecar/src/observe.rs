@@ -31,6 +31,15 @@ pub trait Observer: Send + Sync + fmt::Debug + 'static {
     /// One line of the access log.
     fn log(&self, record: &AccessRecord<'_>);
 
+    /// A request's failure took an endpoint of this Service out.
+    fn ejected(&self, service: &ServiceKey);
+
+    /// How many endpoints of this Service are out now; told when it changes.
+    fn out(&self, service: &ServiceKey, endpoints: usize);
+
+    /// What became of the copy of a request to this Service.
+    fn mirrored(&self, service: &ServiceKey, copy: Mirrored);
+
     /// Something refused before it was a request or a forwarded connection.
     fn refused(&self, refusal: &Refusal<'_>);
 }
@@ -134,6 +143,27 @@ pub struct HttpRecord<'a> {
     pub grpc_status: Option<u32>,
 }
 
+/// What became of the copy of a request. Nobody waits for its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mirrored {
+    /// With whatever status.
+    Answered,
+    Failed,
+    /// Not sent: too many are under way, or the body was too large or not read to its end.
+    Dropped,
+}
+
+impl Mirrored {
+    /// As it stands in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Failed => "failed",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
 /// Something refused at the door, for a counter by reason and a log line.
 #[derive(Debug)]
 pub struct Refusal<'a> {
@@ -188,7 +218,7 @@ impl RefusalReason {
     }
 }
 
-/// Envoy's response flags; several may hold.
+/// Envoy's response flags, and one of our own; several may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Flags(u16);
 
@@ -223,8 +253,12 @@ impl Flags {
     /// NC: no such Service.
     pub const NO_CLUSTER: Self = Self(1 << 13);
 
-    const NAMES: [&'static str; 14] = [
+    /// EJ: a try of this request took its endpoint out. Ours: Envoy has none for it.
+    pub const EJECTED: Self = Self(1 << 14);
+
+    const NAMES: [&'static str; 15] = [
         "UH", "UF", "UO", "UT", "URX", "NR", "DC", "UC", "UR", "UAEX", "DPE", "UPE", "SI", "NC",
+        "EJ",
     ];
 
     #[must_use]
@@ -236,7 +270,7 @@ impl Flags {
         self.0 & other.0 == other.0
     }
 
-    /// For tables indexed by flags; below `1 << 14`.
+    /// For tables indexed by flags; below `1 << 15`.
     pub const fn bits(self) -> u16 {
         self.0
     }
@@ -277,6 +311,9 @@ impl Observer for Silent {
         false
     }
     fn log(&self, _: &AccessRecord<'_>) {}
+    fn ejected(&self, _: &ServiceKey) {}
+    fn out(&self, _: &ServiceKey, _: usize) {}
+    fn mirrored(&self, _: &ServiceKey, _: Mirrored) {}
     fn refused(&self, _: &Refusal<'_>) {}
 }
 

@@ -4,7 +4,7 @@ use std::{
     sync::{
         Arc, Weak,
         atomic::{
-            AtomicU32, AtomicU64,
+            AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
@@ -29,6 +29,15 @@ impl Health {
     pub(crate) fn is_ejected(&self, now_ms: u64) -> bool {
         let until = self.ejected_until.load(Acquire);
         until != 0 && now_ms < until
+    }
+
+    /// When its last ejection ended, where it has ended; 0 where there was none. Tells apart how
+    /// often an endpoint has come back.
+    pub(crate) fn readmission(&self, now_ms: u64) -> u64 {
+        match self.ejected_until.load(Acquire) {
+            until if until <= now_ms => until,
+            _ => 0,
+        }
     }
 
     pub(crate) fn success(&self) {
@@ -69,6 +78,8 @@ fn as_ms(duration: Duration) -> u64 {
 pub(crate) struct Outliers {
     /// Locked when an endpoint is met for the first time and when one is due for ejection.
     members: Mutex<Vec<(Arc<str>, Weak<Health>)>>,
+    /// How many are out, as last told.
+    out: AtomicUsize,
 }
 
 impl Outliers {
@@ -85,29 +96,50 @@ impl Outliers {
         health
     }
 
-    /// Counts a failure of `health`; ejects it if it is due and the share allows. True where it
-    /// was ejected just now.
+    /// Counts a failure of `health`; ejects it if it is due and the share allows. Where it was
+    /// ejected just now: how many are out with it.
     pub(crate) fn failure(
         &self,
         health: &Health,
         now_ms: u64,
         endpoints: usize,
         policy: &OutlierEjection,
-    ) -> bool {
+    ) -> Option<usize> {
         if !health.failure(now_ms, policy) {
-            return false;
+            return None;
         }
         let members = self.members.lock();
-        let out = members.iter().filter_map(|(_, health)| health.upgrade());
-        let out = out.filter(|health| health.is_ejected(now_ms)).count();
+        let out = count(&members, now_ms);
         let percent = policy.max_percent.min(100) as usize;
         let may_be_out = (endpoints * percent / 100).max(1);
         let eject = out < may_be_out && !health.is_ejected(now_ms);
-        if eject {
+        eject.then(|| {
             health.eject(now_ms, policy);
-        }
-        eject
+            self.out.store(out + 1, Relaxed);
+            out + 1
+        })
     }
+
+    /// How many are out now, where that has changed since it was told last.
+    pub(crate) fn changed(&self, now_ms: u64) -> Option<usize> {
+        let told = self.out.load(Relaxed);
+        if told == 0 {
+            return None;
+        }
+        let members = self.members.lock();
+        let out = count(&members, now_ms);
+        self.out.store(out, Relaxed);
+        (out != told).then_some(out)
+    }
+
+    pub(crate) fn any_out(&self) -> bool {
+        self.out.load(Relaxed) > 0
+    }
+}
+
+fn count(members: &[(Arc<str>, Weak<Health>)], now_ms: u64) -> usize {
+    let out = members.iter().filter_map(|(_, health)| health.upgrade());
+    out.filter(|health| health.is_ejected(now_ms)).count()
 }
 
 #[cfg(test)]
@@ -124,7 +156,7 @@ mod tests {
     };
 
     fn fail(outliers: &Outliers, health: &Health, now: u64, times: usize) -> bool {
-        (0..times).any(|_| outliers.failure(health, now, 4, &POLICY))
+        (0..times).any(|_| outliers.failure(health, now, 4, &POLICY).is_some())
     }
 
     #[test]
@@ -136,7 +168,13 @@ mod tests {
         assert!(!fail(&outliers, &health, 10, 2), "a success ends the row");
         assert!(fail(&outliers, &health, 10, 1));
         assert!(health.is_ejected(109));
+        assert_eq!((health.readmission(109), outliers.changed(109)), (0, None));
         assert!(!health.is_ejected(110));
+        assert_eq!(
+            (health.readmission(110), outliers.changed(110)),
+            (110, Some(0))
+        );
+        assert!(!outliers.any_out());
     }
 
     #[test]

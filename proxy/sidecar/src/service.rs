@@ -234,7 +234,13 @@ impl Service {
                 let swept = endpoint.pool.sweep(now, self.circuit.pool_idle);
                 empty && swept && endpoint.load.in_flight() == 0
             });
-        empty && now.saturating_duration_since(self.used.get()) > worker.shared.config.bounds.idle
+        if let Some(out) = self.shared.outliers.changed(worker.shared.clock.ms(now)) {
+            worker.shared.observer.out(&self.key, out);
+        }
+        let out = self.shared.outliers.any_out();
+        empty
+            && !out
+            && now.saturating_duration_since(self.used.get()) > worker.shared.config.bounds.idle
     }
 
     /// At the connection limit: closes an idle connection of another endpoint, if there is one.
@@ -283,19 +289,27 @@ impl Port {
         }
         let now = worker.now();
         let now_ms = worker.shared.clock.ms(now);
-        let healthy = |each: &Rc<Endpoint>| !each.health.is_ejected(now_ms);
+        let healthy = |each: &Rc<Endpoint>| {
+            if each.came_back(now_ms) {
+                let peers = candidates
+                    .iter()
+                    .filter(|peer| !Rc::ptr_eq(peer, each) && !peer.health.is_ejected(now_ms));
+                each.load.start_afresh(now, peers.map(|peer| &peer.load));
+            }
+            !each.health.is_ejected(now_ms)
+        };
         let fresh = |each: &Rc<Endpoint>| !tried.iter().any(|tried| Rc::ptr_eq(tried, each));
-        let cost = |each: &Rc<Endpoint>| each.load.estimate(now);
+        let order = |a: &Rc<Endpoint>, b: &Rc<Endpoint>| a.load.compare(&b.load, now);
         let random = &mut |count| fastrand::usize(..count);
         balance::pick(
             candidates,
             random,
             |each| healthy(each) && fresh(each),
-            cost,
+            order,
         )
-        .or_else(|| balance::pick(candidates, random, healthy, cost))
+        .or_else(|| balance::pick(candidates, random, healthy, order))
         // All are ejected: better a bad endpoint than none.
-        .or_else(|| balance::pick(candidates, random, |_| true, cost))
+        .or_else(|| balance::pick(candidates, random, |_| true, order))
         .map(|index| candidates[index].clone())
     }
 

@@ -27,6 +27,7 @@ use crate::{
     circuit::Circuit,
     drain::Stage,
     endpoint::Endpoint,
+    http::mirror::Copies,
     inbound::Inbound,
     limits::Permit,
     observe::{Direction, Refusal, RefusalReason},
@@ -49,6 +50,7 @@ pub(crate) struct Worker {
     direct: RefCell<HashMap<PodPort, Rc<Endpoint>>>,
     pub(crate) inbound: Inbound,
     watched: RefCell<Vec<Look>>,
+    pub(crate) copies: Copies,
 }
 
 /// A pod's uid with the address and port that it is called at.
@@ -79,6 +81,7 @@ impl Worker {
             services: RefCell::default(),
             direct: RefCell::default(),
             watched: RefCell::default(),
+            copies: Copies::default(),
         })
     }
 

@@ -12,7 +12,10 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::exchange::{End, Finish};
+use super::{
+    exchange::{End, Finish},
+    progress::Progress,
+};
 
 pub(crate) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -21,16 +24,18 @@ pub(crate) enum RequestBody {
     Empty,
     Stream {
         body: Incoming,
-        received: Rc<Cell<u64>>,
+        progress: Rc<Progress>,
     },
     Replay(Replay),
+    /// All of it, once.
+    Whole(Bytes),
 }
 
 impl RequestBody {
     /// The body, and how to send it again if that can be needed.
     pub(crate) fn new(
         body: Incoming,
-        received: &Rc<Cell<u64>>,
+        progress: &Rc<Progress>,
         keep: Option<usize>,
     ) -> (Self, Source) {
         if body.is_end_stream() {
@@ -40,7 +45,7 @@ impl RequestBody {
             return (
                 Self::Stream {
                     body,
-                    received: received.clone(),
+                    progress: progress.clone(),
                 },
                 Source::Once,
             );
@@ -55,7 +60,7 @@ impl RequestBody {
             trailers: None,
             ended: false,
             generation: 0,
-            received: received.clone(),
+            progress: progress.clone(),
         };
         let kept = Rc::new(RefCell::new(kept));
         (Self::Replay(Replay::new(kept.clone())), Source::Kept(kept))
@@ -89,6 +94,20 @@ impl Source {
         }
     }
 
+    /// The whole body for another receiver; `None` where it was not read to its end, or is not
+    /// kept.
+    pub(crate) fn copy(&self) -> Option<RequestBody> {
+        match self {
+            Self::Nothing => Some(RequestBody::Empty),
+            Self::Once => None,
+            Self::Kept(kept) => {
+                let kept = kept.borrow();
+                let whole = kept.limit.is_some() && (kept.ended || kept.body.is_end_stream());
+                whole.then(|| RequestBody::Whole(kept.chunks.concat().into()))
+            }
+        }
+    }
+
     pub(crate) fn can_repeat(&self) -> bool {
         match self {
             Self::Nothing => true,
@@ -117,7 +136,7 @@ pub(crate) struct Kept {
     ended: bool,
     /// Which [`Replay`] may read.
     generation: u32,
-    received: Rc<Cell<u64>>,
+    progress: Rc<Progress>,
 }
 
 /// One sending of a [`Kept`] body.
@@ -191,7 +210,7 @@ impl Replay {
 impl Kept {
     /// Whether the chunk was kept; one too many, and nothing is.
     fn keep(&mut self, data: &Bytes) -> bool {
-        self.received.set(self.received.get() + data.len() as u64);
+        add(&self.progress.received, data.len());
         let Some(limit) = self.limit else {
             return false;
         };
@@ -206,6 +225,10 @@ impl Kept {
     }
 }
 
+fn add(count: &Cell<u64>, bytes: usize) {
+    count.set(count.get() + bytes as u64);
+}
+
 impl Body for RequestBody {
     type Data = Bytes;
     type Error = BodyError;
@@ -216,14 +239,16 @@ impl Body for RequestBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut *self {
             Self::Empty => Poll::Ready(None),
-            Self::Stream { body, received } => {
+            Self::Stream { body, progress } => {
                 let frame = ready!(Pin::new(body).poll_frame(cx));
                 if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()?.data_ref()) {
-                    received.set(received.get() + data.len() as u64);
+                    add(&progress.received, data.len());
                 }
                 Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }
             Self::Replay(replay) => replay.poll(cx),
+            Self::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Self::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
         }
     }
 
@@ -231,6 +256,7 @@ impl Body for RequestBody {
         match self {
             Self::Empty => true,
             Self::Stream { body, .. } => body.is_end_stream(),
+            Self::Whole(bytes) => bytes.is_empty(),
             Self::Replay(replay) => {
                 let kept = replay.kept.borrow();
                 let passed = replay.next >= kept.chunks.len();
@@ -246,6 +272,7 @@ impl Body for RequestBody {
         match self {
             Self::Empty => SizeHint::with_exact(0),
             Self::Stream { body, .. } => body.size_hint(),
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Replay(replay) => match replay.kept.borrow().hint.exact() {
                 Some(exact) => SizeHint::with_exact(exact.saturating_sub(replay.sent)),
                 None => SizeHint::default(),
@@ -308,13 +335,14 @@ impl ResponseBody {
         let Content::Stream(body) = &mut self.content else {
             return Poll::Ready(None);
         };
+        let polled = Pin::new(&mut *body).poll_frame(cx);
         if let Some(finish) = &mut self.finish
-            && let Err((end, why)) = finish.poll_interrupted(cx)
+            && let Err((end, why)) = finish.poll_interrupted(cx, polled.is_pending())
         {
             self.end(end);
             return Poll::Ready(Some(Err(why.into())));
         }
-        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+        match ready!(polled) {
             Some(Ok(frame)) => {
                 if let Some(finish) = &mut self.finish {
                     finish.saw(&frame);

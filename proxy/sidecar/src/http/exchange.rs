@@ -16,7 +16,11 @@ use http_body::Frame;
 use tokio::time::Sleep;
 use turnpike_rules::{Identity, ServiceKey, host::HostOrIp, route::Route, workload::SelfConfig};
 
-use super::{forward::InFlight, headers::Checked};
+use super::{
+    forward::InFlight,
+    headers::Checked,
+    progress::{Progress, UnderWay},
+};
 use crate::{
     error::ProxyError,
     limits::Permit,
@@ -37,7 +41,7 @@ pub(crate) struct Connection {
     pub(crate) peer: Option<Identity>,
     pub(crate) sni: Option<String>,
     /// Requests that have not ended.
-    pub(crate) active: Cell<u32>,
+    pub(crate) under_way: UnderWay,
     /// When the last one ended, on the worker's clock.
     pub(crate) idle_since: Cell<Instant>,
     /// Its place among the open connections; kept until its last request has ended, also one that
@@ -58,8 +62,7 @@ pub(crate) struct Exchange {
     request_id: Option<HeaderValue>,
     traceparent: Option<HeaderValue>,
     pub(crate) grpc: bool,
-    pub(crate) received: Rc<Cell<u64>>,
-    sent: u64,
+    pub(crate) progress: Rc<Progress>,
     status: u16,
     grpc_status: Option<u32>,
     pub(crate) flags: Flags,
@@ -84,7 +87,6 @@ impl Exchange {
         parts: &mut Parts,
         checked: &Checked,
     ) -> Self {
-        connection.active.set(connection.active.get() + 1);
         let observer = &connection.observer;
         let span = observer.span(connection.direction, &mut parts.headers);
         let logged = |name| {
@@ -102,8 +104,7 @@ impl Exchange {
             request_id: logged(header::HeaderName::from_static("x-request-id")),
             traceparent: logged(header::HeaderName::from_static("traceparent")),
             grpc: checked.grpc,
-            received: Rc::new(Cell::new(0)),
-            sent: 0,
+            progress: connection.under_way.begin(),
             status: 0,
             grpc_status: None,
             flags: Flags::NONE,
@@ -151,14 +152,13 @@ impl Exchange {
 
     /// Bytes to the client outside of any body.
     pub(crate) fn count_sent(&mut self, bytes: u64) {
-        self.sent += bytes;
+        self.progress.sent.set(self.progress.sent.get() + bytes);
     }
 
     fn report(&mut self) {
         let connection = self.connection.clone();
-        connection
-            .active
-            .set(connection.active.get().saturating_sub(1));
+        connection.under_way.end(&self.progress);
+        let (received, sent) = (self.progress.received.get(), self.progress.sent.get());
         let now = tokio::time::Instant::now().into_std();
         connection.idle_since.set(now);
         let duration = now.saturating_duration_since(self.started);
@@ -168,8 +168,8 @@ impl Exchange {
                 grpc_status: self.grpc_status,
                 flags: self.flags,
                 duration,
-                request_bytes: self.received.get(),
-                response_bytes: self.sent,
+                request_bytes: received,
+                response_bytes: sent,
             });
         }
         let span = self.span.take();
@@ -194,8 +194,8 @@ impl Exchange {
             flags: self.flags,
             details: self.details.as_deref(),
             duration,
-            received: self.received.get(),
-            sent: self.sent,
+            received,
+            sent,
             downstream: connection.downstream,
             original: connection.original,
             upstream: self.upstream,
@@ -235,6 +235,8 @@ pub(crate) enum End {
     Timeout,
     /// Authorization was withdrawn.
     Withdrawn,
+    /// Nothing has moved for too long.
+    Idle,
 }
 
 /// A request that was let in by a configuration, and who asks again under the next.
@@ -281,7 +283,7 @@ impl Finish {
     /// Notes what a frame carries.
     pub(crate) fn saw(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
-            self.exchange.sent += data.len() as u64;
+            self.exchange.count_sent(data.len() as u64);
         } else if self.exchange.grpc
             && let Some(trailers) = frame.trailers_ref()
         {
@@ -289,10 +291,12 @@ impl Finish {
         }
     }
 
-    /// Whether something else than its end ends the response.
+    /// Whether something else than its end ends the response; `waiting`: it has nothing to give
+    /// just now.
     pub(crate) fn poll_interrupted(
         &mut self,
         cx: &mut Context<'_>,
+        waiting: bool,
     ) -> Result<(), (End, &'static str)> {
         if !self.exchange.still_allowed() {
             return Err((End::Withdrawn, "authorization was withdrawn"));
@@ -301,6 +305,9 @@ impl Finish {
             && deadline.as_mut().poll(cx) == Poll::Ready(())
         {
             return Err((End::Timeout, "the request's timeout passed"));
+        }
+        if waiting && self.exchange.progress.poll_idle(cx).is_ready() {
+            return Err((End::Idle, "nothing moved for the idle timeout"));
         }
         Ok(())
     }
@@ -312,6 +319,7 @@ impl Finish {
             End::Upstream => Flags::UPSTREAM_CLOSED,
             End::Timeout => Flags::TIMEOUT,
             End::Withdrawn => Flags::UNAUTHORIZED,
+            End::Idle => Flags::IDLE,
         };
         self.exchange.flags = self.exchange.flags.with(flag);
         if end == End::Complete

@@ -52,7 +52,9 @@ pub(crate) fn on_request(
         match filter {
             Filter::RequestHeaders(edit) => edit.apply(&mut parts.headers),
             Filter::Rewrite(rewrite) => apply_rewrite(rewrite, route, parts)?,
-            Filter::ResponseHeaders(_) | Filter::Redirect(_) | Filter::Mirror { .. } => {}
+            Filter::ResponseHeaders(_) | Filter::Redirect(_) => {}
+            // Copies are made when the request is on its way: `mirror`.
+            Filter::Mirror { .. } => {}
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! One request on its way up: an endpoint, a connection, a try, and another if that is safe.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{cell::Cell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration};
 
 use http::{Request, Response, Version, request::Parts};
 use hyper::body::Incoming;
@@ -10,18 +10,20 @@ use turnpike_rules::{route::Route, traffic::TrafficPolicy};
 use super::{
     body::{RequestBody, ResponseBody, Source},
     exchange::{Exchange, Finish},
+    mirror::Copy,
+    progress::Progress,
 };
 use crate::{
     circuit::Circuit,
     endpoint::Endpoint,
-    error::{Fault, ProxyError, Retry},
+    error::{Fault, IDLE, ProxyError, Retry},
     limits::Permit,
     mesh::ServiceView,
     observe::Flags,
     pool::{Failed, Lease, Pool},
     retry::Plan,
     service::Port,
-    shared::SharedService,
+    shared::{Shared, SharedService},
     tls::Inside,
     worker::Worker,
 };
@@ -124,6 +126,7 @@ impl Answered {
 pub(crate) async fn forward(
     worker: &Rc<Worker>,
     to: &Destination,
+    copy: Option<Copy>,
     parts: Parts,
     body: Incoming,
     exchange: &mut Exchange,
@@ -135,17 +138,25 @@ pub(crate) async fn forward(
     to.shared.budget.request(worker.shared.clock.now_ms());
     let whole = whole_timeout(to);
     let deadline = whole.map(|whole| Instant::now() + whole);
-    let mut tries = Tries::new(worker, to, parts, body, exchange, upgrade);
+    let idle = to.policy.timeouts.idle;
+    exchange.progress.limit(idle);
+    let progress = exchange.progress.clone();
+    let keep_for_copy = copy.is_some();
+    let mut tries = Tries::new(worker, to, parts, body, exchange, upgrade, keep_for_copy);
+    let run = unless_idle(&progress, idle.unwrap_or_default(), tries.run(exchange));
     let tried = match (deadline, whole) {
-        (Some(deadline), Some(after)) => match timeout_at(deadline, tries.run(exchange)).await {
+        (Some(deadline), Some(after)) => match timeout_at(deadline, run).await {
             Ok(tried) => tried,
             Err(_) => Err(ProxyError::Timeout {
                 what: "request",
                 after,
             }),
         },
-        _ => tries.run(exchange).await,
+        _ => run.await,
     };
+    if let Some(copy) = copy {
+        copy.send(worker, &tries.source);
+    }
     let (response, lease, endpoint, in_flight) = tried?;
     tries.source.release();
     Ok(Answered {
@@ -156,6 +167,23 @@ pub(crate) async fn forward(
         in_flight,
         deadline,
     })
+}
+
+/// `run`, unless nothing moves for too long.
+async fn unless_idle<T>(
+    progress: &Progress,
+    after: Duration,
+    run: impl Future<Output = Result<T, ProxyError>>,
+) -> Result<T, ProxyError> {
+    let mut run = pin!(run);
+    poll_fn(|cx| {
+        let polled = run.as_mut().poll(cx);
+        if polled.is_pending() && progress.poll_idle(cx).is_ready() {
+            return Poll::Ready(Err(ProxyError::Timeout { what: IDLE, after }));
+        }
+        polled
+    })
+    .await
 }
 
 /// The route's own timeout goes first; zero switches it off.
@@ -204,6 +232,7 @@ impl<'a> Tries<'a> {
         body: Incoming,
         exchange: &Exchange,
         upgrade: bool,
+        keep_for_copy: bool,
     ) -> Self {
         let mut plan = Plan::new(&to.policy.retry, to.route.as_deref(), &parts.method);
         if upgrade {
@@ -219,9 +248,8 @@ impl<'a> Tries<'a> {
         // A stream can be refused after all of it was sent.
         let tells = inside == Inside::Http2 || to.has_mesh_peers();
         let resend = !upgrade && plan.may_resend(tells);
-        let keep =
-            (plan.attempts > 0 && resend).then_some(worker.shared.config.bounds.replay_bytes);
-        let (body, source) = RequestBody::new(body, &exchange.received, keep);
+        let keep = (resend || keep_for_copy).then_some(worker.shared.config.bounds.replay_bytes);
+        let (body, source) = RequestBody::new(body, &exchange.progress, keep);
         let spare = (resend && source.can_repeat()).then(|| parts.clone());
         Self {
             worker,
@@ -247,11 +275,13 @@ impl<'a> Tries<'a> {
             let Some(request) = self.next_request() else {
                 return Err(ProxyError::Closed("its body cannot be sent again".into()));
             };
-            let begun = self.worker.now();
             let in_flight = InFlight::on(&endpoint);
-            let tried = self.one(&endpoint, request).await;
-            let latency = self.worker.now().saturating_duration_since(begun);
-            self.learn(&endpoint, &tried, latency);
+            let begun = Cell::new(self.worker.now());
+            let tried = self.one(&endpoint, request, &begun).await;
+            let ejected = self.learn(&endpoint, &tried, begun.get());
+            if ejected {
+                exchange.flags = exchange.flags.with(Flags::EJECTED);
+            }
             let error = match tried {
                 Ok((response, lease)) => {
                     if !self.wants_another(&response, &endpoint, exchange.grpc) {
@@ -294,6 +324,7 @@ impl<'a> Tries<'a> {
         &self,
         endpoint: &Rc<Endpoint>,
         request: Request<RequestBody>,
+        begun: &Cell<std::time::Instant>,
     ) -> Result<(Response<Incoming>, Lease), Failed> {
         let sent = async {
             let lease = Pool::lease(endpoint, self.worker, &self.to.circuit, self.inside).await;
@@ -307,6 +338,8 @@ impl<'a> Tries<'a> {
                     });
                 }
             };
+            // Connecting once is no measure of how fast it answers.
+            begun.set(self.worker.now());
             let response = lease.send(request).await?;
             Ok((response, lease))
         };
@@ -380,41 +413,56 @@ impl<'a> Tries<'a> {
         }
     }
 
-    /// What a try says about its endpoint.
+    /// What a try says about its endpoint; true where it took it out.
     fn learn(
         &self,
         endpoint: &Endpoint,
         tried: &Result<(Response<Incoming>, Lease), Failed>,
-        latency: Duration,
-    ) {
+        begun: std::time::Instant,
+    ) -> bool {
         let now = self.worker.now();
-        let failed = match tried {
-            Ok((response, _)) => response.status().is_server_error(),
-            Err(Failed { error, reused, .. }) => match error {
-                ProxyError::Connect { .. } => true,
-                // The close of an idle connection, and what was refused in good order.
-                ProxyError::Closed(_) if *reused => return,
-                error if error.retry() == Retry::Safe => return,
-                error if error.fault() == Fault::Upstream => true,
-                _ => return,
-            },
+        let latency = now.saturating_duration_since(begun);
+        match tried {
+            Ok((response, _)) if !response.status().is_server_error() => {
+                endpoint.health.success();
+                endpoint.load.observe(now, latency);
+                return false;
+            }
+            Ok(_) => endpoint.load.observe_failure(now, latency),
+            Err(Failed { error, reused, .. }) => {
+                let counts = match error {
+                    ProxyError::Connect { .. } => true,
+                    // The close of an idle connection, and what was refused in good order.
+                    ProxyError::Closed(_) if *reused => false,
+                    error => error.retry() != Retry::Safe && error.fault() == Fault::Upstream,
+                };
+                if !counts {
+                    return false;
+                }
+                // What it may cost to wait for one that does not answer.
+                let cost = latency.max(self.to.policy.timeouts.connect);
+                endpoint.load.observe_failure(now, cost);
+            }
+        }
+        self.eject(endpoint, now)
+    }
+
+    /// Counts a failure of one endpoint among others. One that the caller chose has no others.
+    fn eject(&self, endpoint: &Endpoint, now: std::time::Instant) -> bool {
+        let (Some(outlier), Picker::Among(port)) = (&self.to.policy.outlier, &self.to.picker)
+        else {
+            return false;
         };
-        if !failed {
-            endpoint.health.success();
-            endpoint.load.observe(now, latency);
-            return;
+        let Shared {
+            clock, observer, ..
+        } = &*self.worker.shared;
+        let outliers = &self.to.shared.outliers;
+        let out = outliers.failure(&endpoint.health, clock.ms(now), port.endpoints(), outlier);
+        if let (Some(out), Some(service)) = (out, &endpoint.service) {
+            observer.ejected(service);
+            observer.out(service, out);
         }
-        endpoint
-            .load
-            .observe(now, latency.max(self.to.policy.timeouts.connect));
-        if let Some(outlier) = &self.to.policy.outlier {
-            let now_ms = self.worker.shared.clock.ms(now);
-            let endpoints = self.to.picker.endpoints();
-            self.to
-                .shared
-                .outliers
-                .failure(&endpoint.health, now_ms, endpoints, outlier);
-        }
+        out.is_some()
     }
 }
 

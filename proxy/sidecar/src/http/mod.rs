@@ -10,6 +10,8 @@ pub(crate) mod filters;
 pub(crate) mod forward;
 pub(crate) mod guard;
 pub(crate) mod headers;
+pub(crate) mod mirror;
+pub(crate) mod progress;
 pub(crate) mod upgrade;
 
 use std::{convert::Infallible, pin::pin, rc::Rc, sync::Arc, time::Duration};
@@ -183,7 +185,8 @@ fn watch(worker: &Worker, connection: &Rc<Connection>, watched: &Arc<Watched>) -
         let (Some(ends), Some(connection)) = (weak.upgrade(), connection.upgrade()) else {
             return false;
         };
-        if connection.active.get() > 0 {
+        if connection.under_way.count() > 0 {
+            connection.under_way.look(now_ms);
             return true;
         }
         if watched

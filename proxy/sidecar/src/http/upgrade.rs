@@ -1,6 +1,6 @@
 //! Connections that leave HTTP: WebSocket and other upgrades, CONNECT.
 
-use std::{rc::Rc, time::Duration};
+use std::{future::poll_fn, rc::Rc, time::Duration};
 
 use http::{HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use hyper::upgrade::{OnUpgrade, Upgraded};
@@ -57,32 +57,35 @@ impl Asked {
         let (mut response, mut finish) = answered.into_parts(exchange);
         let server = hyper::upgrade::on(&mut response);
         let worker = worker.clone();
-        let received = finish.exchange.received.clone();
         // Ends with either side, or when the worker is cut.
         tokio::task::spawn_local(async move {
             let cut = worker.shared.drain.clone();
+            let counts = tcp::Counts::default();
             let relayed = async {
-                let (client, server) = tokio::try_join!(self.client, server).ok()?;
-                Some(relay(client, server).await)
+                if let Ok((client, server)) = tokio::try_join!(self.client, server) {
+                    relay(client, server, &counts).await;
+                }
             };
             let mut look = tokio::time::interval(LOOK);
             let mut relayed = std::pin::pin!(relayed);
+            let progress = finish.exchange.progress.clone();
             let end = loop {
                 tokio::select! {
-                    totals = &mut relayed => {
-                        let (up, down) = totals.unwrap_or_default();
-                        received.set(received.get() + up);
-                        finish.exchange.count_sent(down);
-                        break End::Complete;
-                    }
+                    () = &mut relayed => break End::Complete,
+                    () = poll_fn(|cx| progress.poll_idle(cx)) => break End::Idle,
                     () = cut.reached(Stage::Cut) => break End::Complete,
                     _ = look.tick() => {
+                        progress.received.set(counts.received.get());
+                        progress.sent.set(counts.sent.get());
+                        progress.look(worker.shared.clock.now_ms());
                         if !finish.exchange.still_allowed() {
                             break End::Withdrawn;
                         }
                     }
                 }
             };
+            progress.received.set(counts.received.get());
+            progress.sent.set(counts.sent.get());
             // The connection is no HTTP connection any more, and serves nobody else.
             finish.lease = None;
             finish.end(end);
@@ -92,9 +95,7 @@ impl Asked {
     }
 }
 
-async fn relay(client: Upgraded, server: Upgraded) -> (u64, u64) {
+async fn relay(client: Upgraded, server: Upgraded, counts: &tcp::Counts) {
     let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-    let counts = tcp::Counts::default();
-    let _ = tcp::relay(&mut client, &mut server, &counts).await;
-    (counts.received.get(), counts.sent.get())
+    let _ = tcp::relay(&mut client, &mut server, counts).await;
 }

@@ -83,7 +83,7 @@ impl Handler for Requests {
                 Ok(live) => {
                     exchange.live = Some(live);
                     let to = self.destination();
-                    let forwarded = forward(worker, &to, parts, body, &mut exchange, upgrade);
+                    let forwarded = forward(worker, &to, None, parts, body, &mut exchange, upgrade);
                     forwarded.await
                 }
                 Err(error) => Err(error),

@@ -27,7 +27,7 @@ use crate::{
     circuit::Circuit,
     endpoint::Endpoint,
     error::ProxyError,
-    http::exchange::Connection,
+    http::{exchange::Connection, progress::UnderWay},
     io::Stream,
     limits::Permit,
     observe::{Direction, Labels, Refusal, RefusalReason},
@@ -195,7 +195,7 @@ impl Caller {
             original: self.original,
             peer: self.identity.clone(),
             sni: self.sni.clone(),
-            active: Cell::new(0),
+            under_way: UnderWay::default(),
             idle_since: Cell::new(self.worker.now()),
             permit: self.permit.take(),
         })

@@ -16,6 +16,7 @@ use crate::{
         filters,
         forward::{Answered, Destination, Picker, Policy, forward},
         headers::{self, Checked},
+        mirror::Copy,
         upgrade::Asked,
     },
     service::{Port, Service},
@@ -168,6 +169,11 @@ impl Outbound {
             Picker::Among(port) => Some(port.view.service.key.clone()),
             Picker::Only(endpoint) => endpoint.service.clone(),
         };
+        let copy = to.route.as_ref().and_then(|route| {
+            let of_backend = route.backends.get(backend).into_iter();
+            let of_backend = of_backend.flat_map(|backend| &backend.filters);
+            Copy::of(route.filters.iter().chain(of_backend), &parts)
+        });
         let asked = if checked.upgrade {
             Asked::take(&mut parts)
         } else {
@@ -176,6 +182,7 @@ impl Outbound {
         let forwarded = forward(
             &self.worker,
             &to,
+            copy,
             parts,
             body,
             exchange,

@@ -8,6 +8,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -25,6 +26,7 @@ use crate::{
         self as proxy,
         exchange::Connection,
         forward::{Picker, Policy},
+        progress::UnderWay,
     },
     io::{Flight, Rewind, connect, first_flight, prepare, speaks},
     limits::Permit,
@@ -36,6 +38,10 @@ use crate::{
     tls::Inside,
     worker::{Accepted, Worker},
 };
+
+/// For a destination outside the mesh, which may be far away. The application has been connected
+/// for as long as this takes, and most clients give an address up after ten seconds.
+const PASS_THROUGH_CONNECT: Duration = Duration::from_secs(5);
 
 /// Serves one captured connection of the application.
 pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
@@ -86,7 +92,6 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
             let details = "what stands at this mesh address is not known, since the control plane \
                 did not answer; it may be a pod that must be spoken to in mutual TLS";
             client.refuse(RefusalReason::NoRoute, details);
-            let _ = client.stream.set_zero_linger();
         }
         Lookup::Service(key) => client.call_service(key).await,
         Lookup::Workload(workload) => client.call_pod(&workload).await,
@@ -144,7 +149,7 @@ impl Client {
             original: self.original,
             peer: None,
             sni: None,
-            active: Cell::new(0),
+            under_way: UnderWay::default(),
             idle_since: Cell::new(self.worker.now()),
             permit: self.permit.take(),
         })
@@ -181,7 +186,12 @@ impl Client {
         }
     }
 
+    /// Where nothing can be reached the connection is reset, as the server's own would have been,
+    /// so that the application tries its next address at once.
     fn refuse(&self, reason: RefusalReason, details: &str) {
+        if reason == RefusalReason::NoRoute {
+            let _ = self.stream.set_zero_linger();
+        }
         refuse(
             &self.worker,
             self.downstream,
@@ -194,7 +204,6 @@ impl Client {
     /// A destination outside the mesh: bytes to where the application wanted them. What may leave
     /// is the gate's decision.
     async fn pass_through(self) {
-        let deadline = Timeouts::default().connect.saturating_mul(10);
         let labels = Labels {
             direction: Direction::Outbound,
             peer: None,
@@ -204,12 +213,15 @@ impl Client {
             mutual_tls: false,
         };
         let series = self.worker.shared.observer.tcp(&labels);
-        let mut server = match connect(self.original, deadline).await {
+        let mut server = match connect(self.original, PASS_THROUGH_CONNECT).await {
             Ok(server) => server,
             Err(error) => {
                 series.opened();
                 series.closed(Flags::CONNECT_FAILED);
-                return self.fail(&error);
+                return self.refuse(
+                    RefusalReason::NoRoute,
+                    &format!("connecting to {}: {error}", self.original),
+                );
             }
         };
         let carried = Carried {
@@ -241,9 +253,7 @@ impl Client {
                 service: key,
                 port: self.original.port(),
             };
-            self.refuse(RefusalReason::NoRoute, &error.to_string());
-            let _ = self.stream.set_zero_linger();
-            return;
+            return self.refuse(RefusalReason::NoRoute, &error.to_string());
         };
         let declared = port.declared().protocol;
         match self.speaks(declared, port.is_server_first()).await {

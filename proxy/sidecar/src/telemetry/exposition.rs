@@ -61,6 +61,7 @@ impl Collector for Scrape {
             "Connections and requests refused before they were forwarded",
             &self.metrics.refused_series(),
         )?;
+        self.services(&mut encoder)?;
         let plain = |value| [(Vec::new(), value)];
         counters(
             &mut encoder,
@@ -116,6 +117,31 @@ impl Scrape {
                 .encode_histogram::<[(&str, &str); 0]>(cell.sum_ms, cell.count, &buckets, None)?;
         }
         Ok(())
+    }
+
+    fn services(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let services = &self.metrics.services;
+        counters(
+            encoder,
+            "turnpike_outlier_ejections",
+            "Endpoints taken out because they kept failing",
+            &services.ejection_series(),
+        )?;
+        let mut out = encoder.encode_descriptor(
+            "turnpike_outlier_ejected",
+            "Endpoints that are out now",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (labels, value) in services.out_series() {
+            out.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+        counters(
+            encoder,
+            "turnpike_mirrored_requests",
+            "Copies of requests, by what became of them",
+            &services.mirrored_series(),
+        )
     }
 
     fn connections(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -181,7 +207,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        observe::{Direction, Flags, HttpOutcome, Labels, RefusalReason},
+        observe::{Direction, Flags, HttpOutcome, Labels, Mirrored, RefusalReason},
         telemetry::{labels::Own, metrics::MAX_SERIES},
     };
 
@@ -335,9 +361,17 @@ mod tests {
         let metrics = metrics();
         metrics.refused(Direction::Inbound, RefusalReason::Strict);
         metrics.refused(Direction::Inbound, RefusalReason::Strict);
+        let service = ServiceKey::new("cluster", "bank", "pay");
+        metrics.services.ejected(&service);
+        metrics.services.ejected(&service);
+        metrics.services.out(&service, 1);
+        metrics.services.mirrored(&service, Mirrored::Answered);
         let text = exposed(&metrics);
         for expected in [
             "turnpike_refused_total{direction=\"inbound\",reason=\"strict\"} 2\n",
+            "turnpike_outlier_ejections_total{service=\"pay.bank\"} 2\n",
+            "turnpike_outlier_ejected{service=\"pay.bank\"} 1\n",
+            "turnpike_mirrored_requests_total{service=\"pay.bank\",result=\"answered\"} 1\n",
             "turnpike_access_log_dropped_total 3\n",
             "turnpike_updates_refused_total 2\n",
             "turnpike_controller_connected 1\n",

@@ -15,7 +15,10 @@ use std::{
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
-use super::labels::{self, Kind, Own, Pair};
+use super::{
+    labels::{self, Kind, Own, Pair},
+    services::Services,
+};
 use crate::observe::{Direction, Flags, HttpOutcome, HttpSeries, Labels, RefusalReason, TcpSeries};
 
 /// Series of each kind. Past it all others are counted in one, with the label `overflow`.
@@ -51,6 +54,7 @@ pub(crate) struct Metrics {
     http: Mutex<Family<HttpKey, Histogram>>,
     tcp: Mutex<Family<TcpKey, TcpCell>>,
     refused: Mutex<HashMap<(Direction, RefusalReason), u64>>,
+    pub(super) services: Services,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -107,6 +111,7 @@ impl Metrics {
             http: Mutex::default(),
             tcp: Mutex::default(),
             refused: Mutex::default(),
+            services: Services::default(),
         })
     }
 

@@ -11,6 +11,7 @@ mod exposition;
 mod labels;
 mod metrics;
 pub mod otlp;
+mod services;
 mod trace;
 
 use std::{
@@ -24,10 +25,10 @@ use std::{
 use http::HeaderMap;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio::sync::watch;
-use turnpike_rules::workload::SelfConfig;
+use turnpike_rules::{ServiceKey, workload::SelfConfig};
 
 use crate::observe::{
-    AccessRecord, Direction, HttpSeries, Labels, Observer, Refusal, Span, TcpSeries,
+    AccessRecord, Direction, HttpSeries, Labels, Mirrored, Observer, Refusal, Span, TcpSeries,
 };
 use access_log::AccessLog;
 pub use exposition::Gauges;
@@ -125,6 +126,18 @@ impl Observer for Telemetry {
         if self.logs() {
             self.log.record(record);
         }
+    }
+
+    fn ejected(&self, service: &ServiceKey) {
+        self.metrics.services.ejected(service);
+    }
+
+    fn out(&self, service: &ServiceKey, endpoints: usize) {
+        self.metrics.services.out(service, endpoints);
+    }
+
+    fn mirrored(&self, service: &ServiceKey, copy: Mirrored) {
+        self.metrics.services.mirrored(service, copy);
     }
 
     fn refused(&self, refusal: &Refusal<'_>) {

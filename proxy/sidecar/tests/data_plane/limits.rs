@@ -126,14 +126,44 @@ async fn a_try_that_takes_too_long_is_given_up_for_another() {
     }
 }
 
-#[tokio::test]
-async fn a_response_that_never_ends_ends_with_its_timeout() {
-    let app = serve(|_: Request<hyper::body::Incoming>| async {
+/// Begins each response and never ends it.
+async fn endless() -> std::net::SocketAddr {
+    serve(|_: Request<hyper::body::Incoming>| async {
         let first = futures_util::stream::iter([Ok(hyper::body::Frame::data("x".into()))]);
         let endless = futures_util::StreamExt::chain(first, futures_util::stream::pending());
         Response::new(http_body_util::StreamBody::new(endless).boxed_unsync_to_sync())
     })
-    .await;
+    .await
+}
+
+#[tokio::test]
+async fn what_does_not_move_ends_with_the_idle_timeout() {
+    let idle = |view: &mut turnpike_sidecar::mesh::ServiceView| {
+        view.service.traffic.timeouts.idle = Some(Duration::from_millis(300));
+    };
+    let pair = Pair::with(endless().await, idle);
+    let request = Request::get("/").header("host", "a").body(empty()).unwrap();
+    let response = http1(pair.caller.outbound()).await.send(request).await;
+    let body = response.unwrap().into_body().collect().await;
+    assert!(body.is_err(), "cut, not ended");
+    assert_eq!(pair.caller.seen.line(0).await.flags, "SI");
+
+    let (silent, _open) = gated().await;
+    let pair = Pair::with(silent, idle);
+    assert_eq!(get(pair.caller.outbound(), "/").await.0, 504);
+    assert_eq!(pair.caller.seen.line(0).await.flags, "SI");
+
+    let pair = Pair::with(serve(crate::http::upgrading).await, idle);
+    let mut tunnel = crate::http::upgraded(pair.caller.outbound()).await;
+    crate::http::converse(&mut tunnel, "hello").await;
+    let ended = tokio::io::AsyncReadExt::read(&mut tunnel, &mut [0]).await;
+    assert!(matches!(ended, Ok(0) | Err(_)));
+    assert_eq!(pair.caller.seen.line(0).await.flags, "SI");
+}
+
+#[tokio::test]
+async fn a_response_that_never_ends_ends_with_its_timeout() {
+    let app = endless().await;
     let caller = Setup::caller().start(&Trust::new());
     let mut view = web(&[(app, None)]);
     view.service.traffic.timeouts.request = Some(Duration::from_millis(300));

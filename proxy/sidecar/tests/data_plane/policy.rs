@@ -295,3 +295,69 @@ async fn a_response_under_way_ends_when_its_authorization_is_withdrawn() {
         "what came after the change is not passed on"
     );
 }
+
+/// Counts the requests that a Service sees, and sums up their bodies' lengths.
+async fn counting() -> (std::net::SocketAddr, Arc<std::sync::Mutex<Vec<usize>>>) {
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let counted = seen.clone();
+    let address = serve(move |request: Request<hyper::body::Incoming>| {
+        let counted = counted.clone();
+        async move {
+            let body = BodyExt::collect(request.into_body()).await;
+            counted.lock().unwrap().push(body.unwrap().to_bytes().len());
+            Response::builder()
+                .status(500)
+                .body(full("not for you"))
+                .unwrap()
+        }
+    })
+    .await;
+    (address, seen)
+}
+
+#[tokio::test]
+async fn a_mirror_sees_requests_and_is_not_heard() {
+    let (shadow, seen) = counting().await;
+    let pair = Pair::with(serve(echo).await, |view| {
+        let mut mirrored = route("mirrored", "/", &[("web", 1)]);
+        let mirror = |percent| Filter::Mirror {
+            service: ServiceKey::new("cluster", "shop", "shadow"),
+            port: 80,
+            percent,
+        };
+        mirrored.filters = vec![mirror(100), mirror(0)];
+        let mut absent = route("absent", "/absent", &[("web", 1)]);
+        absent.filters = vec![Filter::Mirror {
+            service: ServiceKey::new("cluster", "shop", "nobody"),
+            port: 80,
+            percent: 100,
+        }];
+        let routes = [mirrored, absent].map(Arc::new).to_vec();
+        view.service.ports[0].routes = RouteTable::new(routes);
+    });
+    let mut view = web(&[(shadow, None)]);
+    view.service.key = ServiceKey::new("cluster", "shop", "shadow");
+    view.service.vips.clear();
+    pair.caller.known.set_service(view);
+    let mut client = http1(pair.caller.outbound()).await;
+    for body in ["", "hello"] {
+        let request = Request::post("/x")
+            .header("host", "a")
+            .body(full(body))
+            .unwrap();
+        assert_eq!(read(client.send(request).await.unwrap()).await.0, 200);
+        pair.caller.seen.note_of("shadow mirrored answered").await;
+        pair.caller.seen.forget_notes();
+    }
+    assert_eq!(*seen.lock().unwrap(), [0, 5]);
+    let large = "x".repeat(70 * 1024);
+    let request = Request::post("/x")
+        .header("host", "a")
+        .body(full(large))
+        .unwrap();
+    assert_eq!(read(client.send(request).await.unwrap()).await.0, 200);
+    pair.caller.seen.note_of("shadow mirrored dropped").await;
+    assert_eq!(client.get("/absent").await.0, 200);
+    pair.caller.seen.note_of("nobody mirrored failed").await;
+    assert_eq!(seen.lock().unwrap().len(), 2);
+}

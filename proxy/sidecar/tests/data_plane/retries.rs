@@ -218,7 +218,6 @@ async fn failing_endpoints_are_ejected_and_come_back() {
     let caller = caller(&[bad, good], Retry::default(), Some(outlier));
     let mut client = http1(caller.outbound()).await;
     let mut streak = 0;
-    // Estimates keep most traffic away from a failing endpoint; ejection takes the rest.
     for _ in 0..2000 {
         let (status, _) = client.get("/").await;
         streak = if status == 200 { streak + 1 } else { 0 };
@@ -228,6 +227,34 @@ async fn failing_endpoints_are_ejected_and_come_back() {
     }
     let before = bad_count.load(SeqCst);
     assert!(before <= 5, "asked {before} times before it was out");
+    caller.seen.note_of("web ejected").await;
+    caller.seen.note_of("web out 1").await;
+    let flagged = |recorded: &crate::world::Recorded| {
+        recorded
+            .lines
+            .iter()
+            .filter(|line| line.flags == "EJ")
+            .count()
+    };
+    assert!(caller.seen.get(flagged) >= 1);
+    caller.seen.note_of("web out 0").await;
+    for _ in 0..200 {
+        client.get("/").await;
+    }
+    let after = bad_count.load(SeqCst);
+    assert!(after > before, "readmitted, it is asked again");
+}
+
+#[tokio::test]
+async fn equal_endpoints_share_what_is_asked_in_turn() {
+    let ((a, a_count), (b, b_count)) = (app(200, "a").await, app(200, "b").await);
+    let caller = caller(&[a, b], Retry::default(), None);
+    let mut client = http1(caller.outbound()).await;
+    for _ in 0..200 {
+        client.get("/").await;
+    }
+    let counts = (a_count.load(SeqCst), b_count.load(SeqCst));
+    assert!(counts.0 > 40 && counts.1 > 40, "{counts:?}");
 }
 
 #[tokio::test]

@@ -106,6 +106,12 @@ async fn an_unreachable_destination_fails_at_once() {
         .wait(|recorded| recorded.tcp.get(1).map(|_| recorded.tcp.clone()))
         .await;
     assert_eq!(tcp, ["opened", "closed UF"]);
+    // As if the application had connected itself, so that it tries its next address.
+    let mut stream = TcpStream::connect(caller.outbound()).await.unwrap();
+    let error = stream.read(&mut [0]).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    let details = caller.seen.refusal(RefusalReason::NoRoute).await;
+    assert!(details.contains(&nowhere.to_string()), "{details}");
 }
 
 #[tokio::test]

@@ -25,8 +25,8 @@ use turnpike_sidecar::{
     config::{Bounds, Config, Listen},
     mesh::{Answer, Directory, EndpointView, Lookup, Mesh, ServiceView, ServiceWatch},
     observe::{
-        AccessRecord, Direction, HttpOutcome, HttpSeries, Labels, Observer, Refusal, RefusalReason,
-        Span, TcpSeries,
+        AccessRecord, Direction, HttpOutcome, HttpSeries, Labels, Mirrored, Observer, Refusal,
+        RefusalReason, Span, TcpSeries,
     },
 };
 
@@ -196,6 +196,8 @@ pub(crate) struct Recorded {
     pub(crate) outcomes: Vec<(Labels, HttpOutcome)>,
     pub(crate) lines: Vec<Line>,
     pub(crate) tcp: Vec<String>,
+    /// Of Services: ejections, copies.
+    pub(crate) notes: Vec<String>,
 }
 
 /// An access log record, as far as tests look at it.
@@ -228,6 +230,19 @@ impl Recorder {
             "not recorded within ten seconds; what was: {:#?}",
             self.0.lock().unwrap()
         );
+    }
+
+    fn note(&self, note: String) {
+        self.0.lock().unwrap().notes.push(note);
+    }
+
+    pub(crate) fn forget_notes(&self) {
+        self.0.lock().unwrap().notes.clear();
+    }
+
+    pub(crate) async fn note_of(&self, note: &str) {
+        let noted = |recorded: &Recorded| recorded.notes.iter().any(|each| each == note);
+        self.wait(|recorded| noted(recorded).then_some(())).await;
     }
 
     pub(crate) async fn line(&self, index: usize) -> Line {
@@ -272,6 +287,18 @@ impl Observer for Recorder {
             sent: record.sent,
             peer: record.peer.cloned(),
         });
+    }
+
+    fn ejected(&self, service: &ServiceKey) {
+        self.note(format!("{} ejected", service.name));
+    }
+
+    fn out(&self, service: &ServiceKey, endpoints: usize) {
+        self.note(format!("{} out {endpoints}", service.name));
+    }
+
+    fn mirrored(&self, service: &ServiceKey, copy: Mirrored) {
+        self.note(format!("{} mirrored {}", service.name, copy.as_str()));
     }
 
     fn refused(&self, refusal: &Refusal<'_>) {
