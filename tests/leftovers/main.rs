@@ -1,5 +1,10 @@
 //! A run that ends leaves nothing; what a killed run leaves, the next one removes.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test ends where something is not as it should be"
+)]
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -23,10 +28,15 @@ struct Traces {
 fn traces(name: &str) -> Traces {
     let list = |folder: &str| -> BTreeSet<String> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect()
     };
     let output = |program: &str, arguments: &[&str]| {
-        let output = Command::new(program).args(arguments).output().expect("it is installed");
+        let output = Command::new(program)
+            .args(arguments)
+            .output()
+            .expect("it is installed");
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
     let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
@@ -40,7 +50,11 @@ fn traces(name: &str) -> Traces {
         mounts: mounts.lines().map(str::to_owned).filter(ours).collect(),
         links: list("/sys/class/net"),
         rules: output("nft", &["list", "ruleset"]) + &output("ip", &["rule"]),
-        processes: list("/proc").iter().map(command_line).filter(ours).collect(),
+        processes: list("/proc")
+            .iter()
+            .map(command_line)
+            .filter(ours)
+            .collect(),
         files: fs::exists(format!("/run/turnpike-box/{name}")).unwrap_or(true),
     }
 }
@@ -52,8 +66,14 @@ fn a_world_taken_down_leaves_nothing() {
     let before = traces(name);
     let mut world = World::up(Options::test("gone"), &|_| ()).unwrap();
     world.furnish().unwrap();
-    world.start_pod(&cluster::nginx("web-1", "web", "node-a", 0), true).unwrap();
-    assert_ne!(traces(name), before, "the test would see a namespace, a process, a file");
+    world
+        .start_pod(&cluster::nginx("web-1", "web", "node-a", 0), true)
+        .unwrap();
+    assert_ne!(
+        traces(name),
+        before,
+        "the test would see a namespace, a process, a file"
+    );
     drop(world);
     assert_eq!(traces(name), before);
 }
@@ -66,12 +86,21 @@ fn the_next_run_removes_what_a_killed_one_left() {
     let before = traces(name);
     let mut demo = demo(name, &["--keep"]);
     let up = turnpike_rig::wait_for(Duration::from_secs(60), || {
-        fs::exists(format!("/run/turnpike-box/{name}/node-b")).ok()?.then_some(())
+        fs::exists(format!("/run/turnpike-box/{name}/node-b"))
+            .ok()?
+            .then_some(())
     });
     demo.kill().unwrap();
     demo.wait().unwrap();
-    assert!(up.is_some(), "the demo did not get as far as its second node");
-    assert_ne!(traces(name), before, "a killed demo leaves something to clean");
+    assert!(
+        up.is_some(),
+        "the demo did not get as far as its second node"
+    );
+    assert_ne!(
+        traces(name),
+        before,
+        "a killed demo leaves something to clean"
+    );
 
     World::clean(name).unwrap();
     assert_eq!(traces(name), before);
@@ -85,14 +114,23 @@ fn the_demo_reports_and_leaves_nothing() {
     let before = traces(name);
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("report.html");
-    let status = demo(name, &["--report", &page.to_string_lossy()]).wait().unwrap();
+    let status = demo(name, &["--report", &page.to_string_lossy()])
+        .wait()
+        .unwrap();
     assert!(status.success(), "the demo ended with {status}");
     assert_eq!(traces(name), before);
     let page = fs::read_to_string(page).unwrap();
     for step in STEPS {
-        assert!(page.contains(step.title), "{} is not in the report", step.title);
+        assert!(
+            page.contains(step.title),
+            "{} is not in the report",
+            step.title
+        );
     }
-    assert!(!page.contains("http-equiv") && !page.contains("<script src"), "it needs nothing else");
+    assert!(
+        !page.contains("http-equiv") && !page.contains("<script src"),
+        "it needs nothing else"
+    );
 }
 
 fn demo(name: &str, arguments: &[&str]) -> Child {

@@ -10,7 +10,12 @@ use anyhow::{Context as _, Result, ensure};
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, runtime::Runtime};
 use tonic::transport::{Channel, Endpoint, Uri};
-use turnpike_rig::{World, daemon::Daemon, wait_for, world::program};
+use turnpike_rig::{
+    World,
+    daemon::Daemon,
+    wait_for,
+    world::{program, unmount_below},
+};
 use turnpike_vpc::netns::{Command, Namespace};
 
 use self::cri::runtime_service_client::RuntimeServiceClient;
@@ -29,6 +34,9 @@ mod cri {
 
 /// Where runc puts its control groups, so that leftovers can be found by name.
 const CGROUP: &str = "/tpt-runtime";
+
+/// The plugin that containerd 1.6 calls by itself for every pod, of containernetworking-plugins.
+const LOOPBACK: &str = "/usr/lib/cni/loopback";
 
 /// A pod as the runtime is asked for it.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +67,9 @@ impl Containerd {
         let folder = node.folder.join("containerd");
         let socket = folder.join("containerd.sock");
         configure(&folder, &node.folder.join("cni.sock"))?;
-        let command = Command::new("containerd").arg("--config").arg(folder.join("config.toml"));
+        let command = Command::new("containerd")
+            .arg("--config")
+            .arg(folder.join("config.toml"));
         let daemon = Daemon::start("containerd", command, &node.namespace, &folder, false)?;
         wait_for(Duration::from_secs(20), || {
             ctr(&node.namespace, &socket, &["version"]).ok()
@@ -67,19 +77,44 @@ impl Containerd {
         .with_context(|| format!("containerd did not start: {}", daemon.log()))?;
         let archive = folder.join("image.tar");
         image::write(&folder.join("image"), &archive)?;
-        ctr(&node.namespace, &socket, &["-n", "k8s.io", "images", "import", &archive.to_string_lossy()])?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        ctr(
+            &node.namespace,
+            &socket,
+            &[
+                "-n",
+                "k8s.io",
+                "images",
+                "import",
+                &archive.to_string_lossy(),
+            ],
+        )?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         let client = RuntimeServiceClient::new(runtime.block_on(connect(socket))?);
-        Ok(Self { daemon, runtime, client })
+        Ok(Self {
+            daemon,
+            runtime,
+            client,
+        })
     }
 
     pub(crate) fn network_ready(&self) -> Result<bool> {
         let status = self
             .runtime
-            .block_on(self.client.clone().status(cri::StatusRequest { verbose: false }))?
+            .block_on(
+                self.client
+                    .clone()
+                    .status(cri::StatusRequest { verbose: false }),
+            )?
             .into_inner();
-        let conditions = status.status.map(|status| status.conditions).unwrap_or_default();
-        Ok(conditions.iter().any(|c| c.r#type == "NetworkReady" && c.status))
+        let conditions = status
+            .status
+            .map(|status| status.conditions)
+            .unwrap_or_default();
+        Ok(conditions
+            .iter()
+            .any(|c| c.r#type == "NetworkReady" && c.status))
     }
 
     pub(crate) fn run_sandbox(&self, request: &Request<'_>) -> Result<Sandbox> {
@@ -91,26 +126,52 @@ impl Containerd {
                 attempt: 0,
             }),
             hostname: request.name.to_owned(),
-            linux: Some(cri::LinuxPodSandboxConfig { cgroup_parent: CGROUP.to_owned() }),
+            linux: Some(cri::LinuxPodSandboxConfig {
+                cgroup_parent: CGROUP.to_owned(),
+            }),
             ..cri::PodSandboxConfig::default()
         };
-        let ask = cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
-        let made = self.runtime.block_on(self.client.clone().run_pod_sandbox(ask)).with_context(|| {
-            format!("containerd's log:\n{}", turnpike_rig::daemon::tail(&self.daemon.log()))
-        })?;
+        let ask = cri::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: String::new(),
+        };
+        let made = self
+            .runtime
+            .block_on(self.client.clone().run_pod_sandbox(ask))
+            .with_context(|| {
+                format!(
+                    "containerd's log:\n{}",
+                    turnpike_rig::daemon::tail(&self.daemon.log())
+                )
+            })?;
         let id = made.into_inner().pod_sandbox_id;
-        let ask = cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
-        let status = self.runtime.block_on(self.client.clone().pod_sandbox_status(ask))?.into_inner();
+        let ask = cri::PodSandboxStatusRequest {
+            pod_sandbox_id: id.clone(),
+            verbose: false,
+        };
+        let status = self
+            .runtime
+            .block_on(self.client.clone().pod_sandbox_status(ask))?
+            .into_inner();
         let network = status.status.and_then(|status| status.network);
         let address = network.context("the sandbox has a network")?.ip;
-        Ok(Sandbox { id, address, config })
+        Ok(Sandbox {
+            id,
+            address,
+            config,
+        })
     }
 
     /// Its id.
     pub(crate) fn start_container(&self, sandbox: &Sandbox, line: &[&str]) -> Result<String> {
         let config = cri::ContainerConfig {
-            metadata: Some(cri::ContainerMetadata { name: "app".into(), attempt: 0 }),
-            image: Some(cri::ImageSpec { image: image::NAME.into() }),
+            metadata: Some(cri::ContainerMetadata {
+                name: "app".into(),
+                attempt: 0,
+            }),
+            image: Some(cri::ImageSpec {
+                image: image::NAME.into(),
+            }),
             command: vec!["/bin/busybox".into()],
             args: line.iter().map(|&word| word.into()).collect(),
         };
@@ -119,10 +180,15 @@ impl Containerd {
             config: Some(config),
             sandbox_config: Some(sandbox.config.clone()),
         };
-        let id = self.runtime.block_on(self.client.clone().create_container(ask))?;
+        let id = self
+            .runtime
+            .block_on(self.client.clone().create_container(ask))?;
         let container_id = id.into_inner().container_id;
-        let ask = cri::StartContainerRequest { container_id: container_id.clone() };
-        self.runtime.block_on(self.client.clone().start_container(ask))?;
+        let ask = cri::StartContainerRequest {
+            container_id: container_id.clone(),
+        };
+        self.runtime
+            .block_on(self.client.clone().start_container(ask))?;
         Ok(container_id)
     }
 
@@ -133,9 +199,18 @@ impl Containerd {
             cmd: line.iter().map(|&word| word.into()).collect(),
             timeout: 10,
         };
-        let said = self.runtime.block_on(self.client.clone().exec_sync(ask))?.into_inner();
+        let mut client = self.client.clone();
+        let said = self.runtime.block_on(async move {
+            // The command's own limit does not cover what it left running.
+            tokio::time::timeout(Duration::from_secs(20), client.exec_sync(ask)).await
+        })??;
+        let said = said.into_inner();
         let error = String::from_utf8_lossy(&said.stderr);
-        ensure!(said.exit_code == 0, "{line:?} ended with {}: {error}", said.exit_code);
+        ensure!(
+            said.exit_code == 0,
+            "{line:?} ended with {}: {error}",
+            said.exit_code
+        );
         Ok(String::from_utf8_lossy(&said.stdout).into_owned())
     }
 
@@ -143,8 +218,14 @@ impl Containerd {
         let id = sandbox.id.clone();
         let mut client = self.client.clone();
         self.runtime.block_on(async move {
-            client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await?;
-            client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: id }).await?;
+            client
+                .stop_pod_sandbox(cri::StopPodSandboxRequest {
+                    pod_sandbox_id: id.clone(),
+                })
+                .await?;
+            client
+                .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: id })
+                .await?;
             Ok(())
         })
     }
@@ -156,20 +237,17 @@ impl Drop for Containerd {
         if let Err(error) = self.daemon.stop(Duration::from_secs(5)) {
             eprintln!("containerd: {error:#}");
         }
-        // containerd leaves its snapshots and namespaces mounted.
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let folder = self.daemon.folder().to_string_lossy().into_owned();
-        for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).rev() {
-            if mount.starts_with(&folder) {
-                let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
-            }
-        }
+        // It leaves the pods' namespaces and its snapshots mounted.
+        unmount_below(self.daemon.folder());
     }
 }
 
 /// Kills what runs in our control groups and takes the groups away.
 fn kill_leftovers() {
-    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    let hierarchies = fs::read_dir("/sys/fs/cgroup")
+        .into_iter()
+        .flatten()
+        .flatten();
     for hierarchy in hierarchies {
         let group = hierarchy.path().join(CGROUP.trim_start_matches('/'));
         if group.is_dir() {
@@ -202,6 +280,7 @@ fn configure(folder: &Path, agent: &Path) -> Result<()> {
     fs::create_dir_all(&conf)?;
     fs::create_dir_all(&bin)?;
     fs::copy(program("turnpike-cni")?, bin.join("turnpike-cni"))?;
+    fs::copy(LOOPBACK, bin.join("loopback")).context(LOOPBACK)?;
     // containerd 1.6 speaks CNI up to 1.0.0.
     let conflist = serde_json::json!({
         "cniVersion": "1.0.0", "name": "turnpike",
@@ -215,7 +294,11 @@ fn configure(folder: &Path, agent: &Path) -> Result<()> {
 }
 
 fn ctr(namespace: &Namespace, socket: &Path, arguments: &[&str]) -> Result<()> {
-    let output = Command::new("ctr").arg("--address").arg(socket).args(arguments).output(namespace)?;
+    let output = Command::new("ctr")
+        .arg("--address")
+        .arg(socket)
+        .args(arguments)
+        .output(namespace)?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "ctr {arguments:?}: {error}");
     Ok(())
@@ -227,5 +310,7 @@ async fn connect(socket: PathBuf) -> Result<Channel> {
         async move { UnixStream::connect(socket).await.map(TokioIo::new) }
     });
     // The URI is not used: the connector knows the socket.
-    Ok(Endpoint::from_static("http://containerd").connect_with_connector(connector).await?)
+    Ok(Endpoint::from_static("http://containerd")
+        .connect_with_connector(connector)
+        .await?)
 }

@@ -14,37 +14,79 @@ use turnpike_rig::{Options, World, cluster, wait_for};
 
 use crate::containerd::{Containerd, Request};
 
+/// Answers one request after the other with the same line.
+const SERVE: &str =
+    "while true; do printf 'HTTP/1.0 200 OK\\r\\n\\r\\nboxed' | busybox nc -l -p 8080; done";
+
 #[test]
 fn containerd_gives_pods_vpc_addresses() {
     let mut world = World::up(Options::test("runtime"), &|_| ()).unwrap();
     world.furnish().unwrap();
-    world.start_pod(&cluster::client("legacy", "caller", "caller", "node-b"), false).unwrap();
+    world
+        .start_pod(
+            &cluster::client("legacy", "caller", "caller", "node-b"),
+            false,
+        )
+        .unwrap();
     let runtime = Containerd::start(&world, "node-a").unwrap();
-    let ready = wait_for(Duration::from_secs(10), || runtime.network_ready().ok()?.then_some(()));
-    assert!(ready.is_some(), "STATUS tells containerd that the network is ready");
+    let ready = wait_for(Duration::from_secs(10), || {
+        runtime.network_ready().ok()?.then_some(())
+    });
+    assert!(
+        ready.is_some(),
+        "STATUS tells containerd that the network is ready"
+    );
 
-    let request = Request { namespace: "legacy", name: "boxed", uid: "6a1d0d2e-boxed" };
-    world.directory.write_object("pod-legacy-boxed", &bound_pod(&request)).unwrap();
+    let request = Request {
+        namespace: "legacy",
+        name: "boxed",
+        uid: "6a1d0d2e-boxed",
+    };
+    world
+        .directory
+        .write_object("pod-legacy-boxed", &bound_pod(&request))
+        .unwrap();
     let sandbox = runtime.run_sandbox(&request).unwrap();
     let address: IpAddr = sandbox.address.parse().unwrap();
-    assert!(sandbox.address.starts_with("10.0."), "{} is no address of the VPC", sandbox.address);
+    assert!(
+        sandbox.address.starts_with("10.0."),
+        "{} is no address of the VPC",
+        sandbox.address
+    );
 
-    let container = runtime.start_container(&sandbox, &["sleep", "100000"]).unwrap();
-    let shown = runtime.exec(&container, &["ip", "-4", "addr", "show", "eth0"]).unwrap();
+    let container = runtime
+        .start_container(&sandbox, &["sh", "-c", SERVE])
+        .unwrap();
+    let shown = runtime
+        .exec(&container, &["ip", "-4", "addr", "show", "eth0"])
+        .unwrap();
     assert!(shown.contains(&format!("{address}/32")), "{shown}");
-    let caller = world.pod("legacy", "caller").unwrap().address;
-    let serve = format!("(echo HTTP/1.0 200 OK; echo; echo boxed) | nc -l -p 8080 & sleep 0.2; ip route get {caller}");
-    runtime.exec(&container, &["busybox", "sh", "-c", &serve]).unwrap();
     let said = world
-        .exec("legacy", "caller", &["curl", "-s", "--max-time", "5", &format!("http://{address}:8080/")])
+        .exec(
+            "legacy",
+            "caller",
+            &[
+                "curl",
+                "-s",
+                "--max-time",
+                "5",
+                &format!("http://{address}:8080/"),
+            ],
+        )
         .unwrap();
     assert_eq!(said.out.trim(), "boxed", "{}", said.err);
 
     runtime.remove_sandbox(&sandbox).unwrap();
     let node = &world.node("node-a").unwrap().namespace;
-    let output = turnpike_vpc::netns::Command::new("ip").args(["route"]).output(node).unwrap();
+    let output = turnpike_vpc::netns::Command::new("ip")
+        .args(["route"])
+        .output(node)
+        .unwrap();
     let routes = String::from_utf8_lossy(&output.stdout);
-    assert!(!routes.contains(&sandbox.address), "the pod's route is gone: {routes}");
+    assert!(
+        !routes.contains(&sandbox.address),
+        "the pod's route is gone: {routes}"
+    );
 }
 
 /// What the API server would say of the pod by then.

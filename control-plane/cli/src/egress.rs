@@ -61,7 +61,9 @@ struct Verify {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         match &arguments.action {
             Action::Log(arguments) => log(arguments).await,
@@ -71,7 +73,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
 }
 
 async fn log(arguments: &Log) -> Result<ExitCode> {
-    let Log { store, namespace, pod, verdict, name, limit, json } = arguments;
+    let Log {
+        store,
+        namespace,
+        pod,
+        verdict,
+        name,
+        limit,
+        json,
+    } = arguments;
     let store = open(store).await?;
     let query = Query {
         namespace: namespace.clone(),
@@ -92,7 +102,14 @@ async fn log(arguments: &Log) -> Result<ExitCode> {
     table
         .load_style(presets::UTF8_HORIZONTAL_ONLY)
         .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(["Time", "Pod", "Verdict", "Asked or claimed", "Destination", "By or because"]);
+        .set_header([
+            "Time",
+            "Pod",
+            "Verdict",
+            "Asked or claimed",
+            "Destination",
+            "By or because",
+        ]);
     for row in found.iter().filter_map(row) {
         table.add_row(row);
     }
@@ -102,13 +119,31 @@ async fn log(arguments: &Log) -> Result<ExitCode> {
 
 /// A line for what a person asks about: connections, requests and names.
 fn row(found: &Found) -> Option<[String; 6]> {
-    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(found.record.time_ms) * 1_000_000);
-    let time = time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_default();
+    let time =
+        OffsetDateTime::from_unix_timestamp_nanos(i128::from(found.record.time_ms) * 1_000_000);
+    let time = time
+        .ok()
+        .and_then(|time| time.format(&Rfc3339).ok())
+        .unwrap_or_default();
     match &found.record.event {
         Event::Opened(attempt) | Event::Request(attempt) | Event::Denied(attempt) => {
-            let Attempt { pod, destination, protocol, verdict, reason, rule, name, claimed, .. } = attempt;
-            let pod = pod.as_ref().map_or("unknown".into(), |pod| format!("{}/{}", pod.namespace, pod.name));
-            let rule = rule.as_ref().map(|rule| format!("{} {}", rule.policy, rule.id));
+            let Attempt {
+                pod,
+                destination,
+                protocol,
+                verdict,
+                reason,
+                rule,
+                name,
+                claimed,
+                ..
+            } = attempt;
+            let pod = pod.as_ref().map_or("unknown".into(), |pod| {
+                format!("{}/{}", pod.namespace, pod.name)
+            });
+            let rule = rule
+                .as_ref()
+                .map(|rule| format!("{} {}", rule.policy, rule.id));
             Some([
                 time,
                 pod,
@@ -119,7 +154,15 @@ fn row(found: &Found) -> Option<[String; 6]> {
             ])
         }
         Event::Dns(lookup) => {
-            let Lookup { pod, name, query_type, verdict, reason, addresses, .. } = lookup;
+            let Lookup {
+                pod,
+                name,
+                query_type,
+                verdict,
+                reason,
+                addresses,
+                ..
+            } = lookup;
             let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             Some([
                 time,
@@ -135,7 +178,11 @@ fn row(found: &Found) -> Option<[String; 6]> {
 }
 
 async fn verify(arguments: &Verify) -> Result<ExitCode> {
-    let Verify { store, root_file, trust_domain } = arguments;
+    let Verify {
+        store,
+        root_file,
+        trust_domain,
+    } = arguments;
     let store = open(store).await?;
     let pem = std::fs::read(root_file).with_context(|| root_file.display().to_string())?;
     let trust = Trust {
@@ -151,11 +198,19 @@ async fn verify(arguments: &Verify) -> Result<ExitCode> {
         print(report);
     }
     let held = !reports.is_empty() && reports.iter().all(Report::holds);
-    Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if held {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn print(report: &Report) {
-    let verdict = if report.holds() { "holds" } else { "DOES NOT HOLD" };
+    let verdict = if report.holds() {
+        "holds"
+    } else {
+        "DOES NOT HOLD"
+    };
     println!(
         "{}: {verdict}: {} entries, {} signed checkpoints, {} entries after the last",
         report.node,
@@ -169,5 +224,7 @@ fn print(report: &Report) {
 }
 
 async fn open(url: &str) -> Result<Store> {
-    Store::open_read_only(url).await.with_context(|| format!("opening the record at {url}"))
+    Store::open_read_only(url)
+        .await
+        .with_context(|| format!("opening the record at {url}"))
 }

@@ -12,7 +12,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "turnpike", version, about = "Roads and traffic lights for clusters on AWS")]
+#[command(
+    name = "turnpike",
+    version,
+    about = "Roads and traffic lights for clusters on AWS"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

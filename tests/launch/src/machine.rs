@@ -33,6 +33,8 @@ pub(crate) const VERIFY: &[Need] = &[
     need("tcpdump", "tcpdump"),
     need("containerd", "containerd"),
     need("runc", "runc"),
+    // containerd wants it for every pod; Debian keeps it outside the PATH.
+    need("/usr/lib/cni/loopback", "containernetworking-plugins"),
     need("busybox", "busybox-static"),
 ];
 

@@ -27,11 +27,24 @@ impl Capture {
         std::fs::create_dir_all(&folder)?;
         let file = folder.join("wire.pcap");
         let command = Command::new("tcpdump")
-            .args(["--immediate-mode", "-U", "-n", "-s", "0", "-i", "any", "-Z", "root", "-w"])
+            .args([
+                "--immediate-mode",
+                "-U",
+                "-n",
+                "-s",
+                "0",
+                "-i",
+                "any",
+                "-Z",
+                "root",
+                "-w",
+            ])
             .arg(&file);
         let tcpdump = Daemon::start("tcpdump", command, &router, &folder, false)?;
-        wait_for(Duration::from_secs(10), || tcpdump.log().contains("listening").then_some(()))
-            .with_context(|| format!("tcpdump did not begin: {}", tcpdump.log()))?;
+        wait_for(Duration::from_secs(10), || {
+            tcpdump.log().contains("listening").then_some(())
+        })
+        .with_context(|| format!("tcpdump did not begin: {}", tcpdump.log()))?;
         // It says so a moment before the first packet is really taken.
         std::thread::sleep(Duration::from_millis(200));
         Ok(Self { tcpdump, file })
@@ -55,6 +68,8 @@ impl Wire {
     }
 
     pub fn carried(&self, text: &str) -> bool {
-        self.0.windows(text.len()).any(|window| window == text.as_bytes())
+        self.0
+            .windows(text.len())
+            .any(|window| window == text.as_bytes())
     }
 }

@@ -22,7 +22,11 @@ pub struct Evidence {
 
 impl Evidence {
     pub fn claim(&mut self, says: impl Into<String>, held: bool, seen: impl Into<String>) {
-        self.claims.push(Claim { says: says.into(), held, seen: seen.into() });
+        self.claims.push(Claim {
+            says: says.into(),
+            held,
+            seen: seen.into(),
+        });
     }
 
     pub fn figure(&mut self, name: impl Into<String>, value: impl ToString) {
@@ -40,7 +44,10 @@ impl Evidence {
     /// For tests: every claim that did not hold, or nothing.
     pub fn assert(&self) {
         let broken: Vec<_> = self.claims.iter().filter(|claim| !claim.held).collect();
-        assert!(!self.claims.is_empty(), "a step without claims shows nothing");
+        assert!(
+            !self.claims.is_empty(),
+            "a step without claims shows nothing"
+        );
         assert!(broken.is_empty(), "did not hold: {broken:#?}");
     }
 }

@@ -25,7 +25,11 @@ const NGINX: &[&str] = &["nginx", "-c", "/run/config/nginx.conf"];
 /// `failing` is the share of requests, in percent, answered 503 in any case.
 pub fn nginx_conf(failing: u32) -> String {
     // nginx refuses a share of 0%.
-    let share = if failing == 0 { String::new() } else { format!("{failing}% 1;") };
+    let share = if failing == 0 {
+        String::new()
+    } else {
+        format!("{failing}% 1;")
+    };
     include_str!("../cluster/nginx.conf.in").replace("@SHARE@", &share)
 }
 
@@ -70,9 +74,13 @@ impl World {
 
     /// Adds the story's namespaces, service accounts, Services and their names.
     pub fn furnish(&mut self) -> Result<()> {
-        self.directory.write("shop", include_str!("../cluster/shop.yaml"))?;
+        self.directory
+            .write("shop", include_str!("../cluster/shop.yaml"))?;
         for (service, address) in [("web", WEB), ("flaky", FLAKY), ("slow", SLOW)] {
-            self.name(&format!("{service}.shop.svc.cluster.local"), &[address.parse()?])?;
+            self.name(
+                &format!("{service}.shop.svc.cluster.local"),
+                &[address.parse()?],
+            )?;
         }
         Ok(())
     }

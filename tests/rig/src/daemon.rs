@@ -40,7 +40,11 @@ impl Daemon {
             .env("RUST_BACKTRACE", "0")
             .stdout(Output::File(folder.join(format!("{file}.out"))))
             .stderr(Output::File(log.clone()));
-        command = if keep { command.new_session() } else { command.die_with_parent() };
+        command = if keep {
+            command.new_session()
+        } else {
+            command.die_with_parent()
+        };
         let recorded = folder.join(format!("{file}.process"));
         let mut daemon = Self {
             name: name.to_owned(),
@@ -57,7 +61,10 @@ impl Daemon {
     /// Starts it again after [`kill`](Self::kill) or [`stop`](Self::stop).
     pub fn restart(&mut self) -> Result<()> {
         ensure!(!self.is_running(), "{} is running already", self.name);
-        let child = self.command.spawn(&self.namespace).context(self.name.clone())?;
+        let child = self
+            .command
+            .spawn(&self.namespace)
+            .context(self.name.clone())?;
         if let Some(process) = Process::with_pid(child.id() as i32) {
             std::fs::write(&self.recorded, serde_json::to_vec(&process)?)?;
         }
@@ -83,7 +90,9 @@ impl Daemon {
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     /// SIGKILL, at once.
@@ -131,7 +140,11 @@ impl Daemon {
         let mut last = String::from("nothing was asked");
         while Instant::now() < deadline {
             if !self.is_running() {
-                bail!("{} ended at once; its log:\n{}", self.name, tail(&self.log()));
+                bail!(
+                    "{} ended at once; its log:\n{}",
+                    self.name,
+                    tail(&self.log())
+                );
             }
             match crate::http::get(&self.namespace, address, path) {
                 Ok(response) if response.status == 200 => return Ok(()),
@@ -140,7 +153,11 @@ impl Daemon {
             }
             thread::sleep(Duration::from_millis(20));
         }
-        bail!("{} is not ready after {limit:?} ({last}); its log:\n{}", self.name, tail(&self.log()))
+        bail!(
+            "{} is not ready after {limit:?} ({last}); its log:\n{}",
+            self.name,
+            tail(&self.log())
+        )
     }
 }
 
@@ -161,7 +178,10 @@ pub fn kill_recorded(folder: &Path) {
     for path in entries.flatten().map(|entry| entry.path()) {
         if path.is_dir() {
             kill_recorded(&path);
-        } else if path.extension().is_some_and(|extension| extension == "process") {
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == "process")
+        {
             let process = std::fs::read(&path)
                 .ok()
                 .and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());

@@ -40,5 +40,8 @@ pub fn exchange(namespace: &Namespace, address: SocketAddr, request: &[u8]) -> R
         .nth(1)
         .and_then(|status| status.parse().ok())
         .with_context(|| format!("{address} did not answer HTTP: {head:.80}"))?;
-    Ok(Response { status, body: body.to_owned() })
+    Ok(Response {
+        status,
+        body: body.to_owned(),
+    })
 }

@@ -86,15 +86,23 @@ impl Sink {
         let Some(found) = received.spans.iter().rev().find(|span| fits(span)) else {
             return Vec::new();
         };
-        let mut spans: Vec<_> =
-            received.spans.iter().filter(|span| span.trace == found.trace).cloned().collect();
+        let mut spans: Vec<_> = received
+            .spans
+            .iter()
+            .filter(|span| span.trace == found.trace)
+            .cloned()
+            .collect();
         spans.sort_by_key(|span| span.start);
         spans
     }
 
     /// Names of the metrics seen, with the number of exports that carried each.
     pub fn metric_names(&self) -> BTreeMap<String, u64> {
-        self.received.lock().unwrap_or_else(PoisonError::into_inner).metric_names.clone()
+        self.received
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .metric_names
+            .clone()
     }
 }
 
@@ -114,7 +122,10 @@ pub fn tree(spans: &[Span]) -> String {
 
 fn branch(spans: &[Span], span: &Span, depth: usize, text: &mut String) {
     let millis = span.end.saturating_sub(span.start) as f64 / 1e6;
-    let status = span.attributes.get("http.response.status_code").map_or("", String::as_str);
+    let status = span
+        .attributes
+        .get("http.response.status_code")
+        .map_or("", String::as_str);
     let _ = writeln!(
         text,
         "{:indent$}└─ {} · {} {} · {millis:.2} ms",
@@ -142,7 +153,11 @@ impl TraceService for Collector {
         for resource in request.into_inner().resource_spans {
             let of = attributes(resource.resource.map(|r| r.attributes).unwrap_or_default());
             let service = of.get("service.name").cloned().unwrap_or_default();
-            for span in resource.scope_spans.into_iter().flat_map(|scope| scope.spans) {
+            for span in resource
+                .scope_spans
+                .into_iter()
+                .flat_map(|scope| scope.spans)
+            {
                 received.spans.push_back(Span {
                     service: service.clone(),
                     name: span.name,
@@ -169,7 +184,11 @@ impl MetricsService for Collector {
         request: Request<ExportMetricsServiceRequest>,
     ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
         let mut received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let scopes = request.into_inner().resource_metrics.into_iter().flat_map(|r| r.scope_metrics);
+        let scopes = request
+            .into_inner()
+            .resource_metrics
+            .into_iter()
+            .flat_map(|r| r.scope_metrics);
         for metric in scopes.flat_map(|scope| scope.metrics) {
             *received.metric_names.entry(metric.name).or_default() += 1;
         }

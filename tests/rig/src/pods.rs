@@ -62,8 +62,14 @@ impl Pod {
 
     /// The sidecar's access log, one JSON object a line.
     pub fn access_log(&self) -> Vec<Value> {
-        let log = self.sidecar.as_ref().map(Daemon::output).unwrap_or_default();
-        log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+        let log = self
+            .sidecar
+            .as_ref()
+            .map(Daemon::output)
+            .unwrap_or_default();
+        log.lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
     }
 
     /// The sidecar's metrics, as Prometheus reads them.
@@ -115,9 +121,20 @@ pub struct Workload<'a> {
 
 impl Workload<'_> {
     fn object(&self, zone: &str) -> Result<PodObject> {
-        let Self { namespace, name, app, service_account, node, command, port, files } = self;
-        let ports: Vec<Value> =
-            port.iter().map(|port| json!({"name": "http", "containerPort": port})).collect();
+        let Self {
+            namespace,
+            name,
+            app,
+            service_account,
+            node,
+            command,
+            port,
+            files,
+        } = self;
+        let ports: Vec<Value> = port
+            .iter()
+            .map(|port| json!({"name": "http", "containerPort": port}))
+            .collect();
         let mut container = json!({
             "name": app, "image": "workload", "command": command, "ports": ports,
             "securityContext": {"runAsUser": APP_USER},
@@ -155,7 +172,11 @@ impl World {
     /// Runs the pod through injection, as the webhook will.
     pub fn injected(&self, object: PodObject, labelled: bool) -> Result<PodObject> {
         let label = ("turnpike.dev/inject".to_owned(), "enabled".to_owned());
-        let labels = if labelled { [label].into() } else { BTreeMap::new() };
+        let labels = if labelled {
+            [label].into()
+        } else {
+            BTreeMap::new()
+        };
         match inject::inject(&object, &labels, &self.inject_config())? {
             Injection::Injected(pod) => Ok(*pod),
             Injection::Skipped(reason) => {
@@ -167,15 +188,27 @@ impl World {
 
     /// Starts a Pod object as it is.
     pub fn start_object(&mut self, object: PodObject, files: &[(&str, String)]) -> Result<&Pod> {
-        let key = (name_of(&object.metadata.namespace), name_of(&object.metadata.name));
+        let key = (
+            name_of(&object.metadata.namespace),
+            name_of(&object.metadata.name),
+        );
         self.directory.write_object(&file(&key), &object)?;
-        let node = object.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+        let node = object
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.node_name.clone())
+            .unwrap_or_default();
         let folder = self.folder.join("pods").join(file(&key));
         fs::create_dir_all(&folder)?;
         let namespace = Namespace::handle(&format!("{}-{}-{}", self.options.name, key.0, key.1))?;
         turnpike_vpc::claim::add(&self.options.name, &namespace)?;
         let namespace = Namespace::create(namespace.name())?;
-        let sandbox = Sandbox { node: &node, key: &key, id: uid_of(&object), namespace: &namespace };
+        let sandbox = Sandbox {
+            node: &node,
+            key: &key,
+            id: uid_of(&object),
+            namespace: &namespace,
+        };
         let added = self.cni("ADD", &sandbox);
         let address = match added {
             Ok(result) => address_of(&result)?,
@@ -185,7 +218,15 @@ impl World {
                 return Err(error);
             }
         };
-        let mut pod = Pod { object, node, address, namespace, sidecar: None, apps: Vec::new(), folder };
+        let mut pod = Pod {
+            object,
+            node,
+            address,
+            namespace,
+            sidecar: None,
+            apps: Vec::new(),
+            folder,
+        };
         self.start_containers(&mut pod, files)?;
         self.report(&mut pod, true)?;
         Ok(self.pods.entry(key).insert_entry(pod).into_mut())
@@ -195,7 +236,11 @@ impl World {
         let spec = pod.object.spec.clone().unwrap_or_default();
         let volumes = self.volumes(pod, &spec.volumes.unwrap_or_default(), files)?;
         for container in spec.init_containers.unwrap_or_default() {
-            ensure!(container.name == SIDECAR, "{} is not a container of the box", container.name);
+            ensure!(
+                container.name == SIDECAR,
+                "{} is not a container of the box",
+                container.name
+            );
             let mut sidecar = self.start_container(pod, &container, &volumes)?;
             let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
             sidecar.ready(at(loopback, SIDECAR_READY_PORT), "/healthz/ready", READY)?;
@@ -227,13 +272,18 @@ impl World {
             }
         } else {
             let line = container.command.clone().unwrap_or_default();
-            let (first, rest) = line.split_first().context("a container of the box has a command")?;
+            let (first, rest) = line
+                .split_first()
+                .context("a container of the box has a command")?;
             Command::new(first).args(rest)
         };
         command = command
             .args(container.args.clone().unwrap_or_default())
             .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env(
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            )
             .env("RUST_LOG", "info")
             .no_new_privileges()
             .capabilities(0);
@@ -255,7 +305,13 @@ impl World {
         }
         let name = format!("{}/{}", file(&key_of(pod)), container.name);
         let command = command.user(user, user);
-        Daemon::start(&name, command, &pod.namespace, &pod.folder, self.options.keep)
+        Daemon::start(
+            &name,
+            command,
+            &pod.namespace,
+            &pod.folder,
+            self.options.keep,
+        )
     }
 
     /// Makes a folder for each volume: tokens and the root bundle as a kubelet projects them.
@@ -270,7 +326,11 @@ impl World {
             let folder = pod.folder.join("volumes").join(&volume.name);
             fs::create_dir_all(&folder)?;
             chown(&folder, Some(APP_USER), Some(APP_USER))?;
-            for source in volume.projected.iter().flat_map(|p| p.sources.iter().flatten()) {
+            for source in volume
+                .projected
+                .iter()
+                .flat_map(|p| p.sources.iter().flatten())
+            {
                 if let Some(token) = &source.service_account_token {
                     self.write_token(pod, &folder.join(&token.path))?;
                 }
@@ -297,14 +357,21 @@ impl World {
 
     fn write_token(&self, pod: &Pod, path: &Path) -> Result<()> {
         let (namespace, name) = key_of(pod);
-        let account = pod.object.spec.as_ref().and_then(|spec| spec.service_account_name.clone());
+        let account = pod
+            .object
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.service_account_name.clone());
         let subject = Subject {
             namespace: &namespace,
             service_account: account.as_deref().unwrap_or("default"),
             pod: Some((&name, pod.uid())),
             node: Some(&pod.node),
         };
-        fs::write(path, self.issuer.token(&subject, Duration::from_secs(3600))?)?;
+        fs::write(
+            path,
+            self.issuer.token(&subject, Duration::from_secs(3600))?,
+        )?;
         Ok(())
     }
 
@@ -343,18 +410,25 @@ impl World {
 
     pub fn pod(&self, namespace: &str, name: &str) -> Result<&Pod> {
         let key = (namespace.to_owned(), name.to_owned());
-        self.pods.get(&key).with_context(|| format!("no pod {namespace}/{name}"))
+        self.pods
+            .get(&key)
+            .with_context(|| format!("no pod {namespace}/{name}"))
     }
 
     pub fn pod_mut(&mut self, namespace: &str, name: &str) -> Result<&mut Pod> {
         let key = (namespace.to_owned(), name.to_owned());
-        self.pods.get_mut(&key).with_context(|| format!("no pod {namespace}/{name}"))
+        self.pods
+            .get_mut(&key)
+            .with_context(|| format!("no pod {namespace}/{name}"))
     }
 
     /// Ends a pod: terminating first, then its processes, then its network.
     pub fn delete_pod(&mut self, namespace: &str, name: &str) -> Result<()> {
         let key = (namespace.to_owned(), name.to_owned());
-        let mut pod = self.pods.remove(&key).with_context(|| format!("no pod {namespace}/{name}"))?;
+        let mut pod = self
+            .pods
+            .remove(&key)
+            .with_context(|| format!("no pod {namespace}/{name}"))?;
         let now = k8s_openapi::jiff::Timestamp::now();
         pod.object.metadata.deletion_timestamp =
             Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now));
@@ -365,12 +439,15 @@ impl World {
         if let Some(sidecar) = &mut pod.sidecar {
             sidecar.stop(GRACE)?;
         }
-        self.cni("DEL", &Sandbox {
-            node: &pod.node,
-            key: &key,
-            id: pod.uid(),
-            namespace: &pod.namespace,
-        })?;
+        self.cni(
+            "DEL",
+            &Sandbox {
+                node: &pod.node,
+                key: &key,
+                id: pod.uid(),
+                namespace: &pod.namespace,
+            },
+        )?;
         pod.namespace.remove(Duration::from_millis(500))?;
         turnpike_vpc::claim::forget(&self.options.name, &pod.namespace)?;
         self.directory.remove(&file(&key))?;
@@ -386,12 +463,18 @@ impl World {
             "conditions": [{"type": "Ready", "status": ready}],
         });
         pod.object.status = Some(serde_json::from_value(status)?);
-        self.directory.write_object(&file(&key_of(pod)), &pod.object)
+        self.directory
+            .write_object(&file(&key_of(pod)), &pod.object)
     }
 
     /// Calls the CNI executable on a node as a runtime does. Its result, if it succeeded.
     pub fn cni(&self, verb: &str, sandbox: &Sandbox<'_>) -> Result<Value> {
-        let Sandbox { node, key: (pod_namespace, name), id, namespace } = sandbox;
+        let Sandbox {
+            node,
+            key: (pod_namespace, name),
+            id,
+            namespace,
+        } = sandbox;
         let node = self.node(node)?;
         let config = json!({
             "cniVersion": "1.1.0", "name": "turnpike", "type": "turnpike-cni",
@@ -420,7 +503,11 @@ impl World {
         if !output.status.success() {
             bail!("CNI {verb} for {pod_namespace}/{name} was refused: {said}");
         }
-        Ok(if said.trim().is_empty() { Value::Null } else { serde_json::from_str(&said)? })
+        Ok(if said.trim().is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(&said)?
+        })
     }
 }
 
@@ -446,20 +533,25 @@ fn value_of(variable: &EnvVar, pod: &Pod) -> Result<String> {
         Some("status.podIP" | "status.podIPs") => pod.address.to_string(),
         Some("status.hostIP") => String::new(),
         Some("spec.nodeName") => pod.node.clone(),
-        Some("spec.serviceAccountName") => {
-            spec.and_then(|spec| spec.service_account_name.clone()).unwrap_or_default()
-        }
+        Some("spec.serviceAccountName") => spec
+            .and_then(|spec| spec.service_account_name.clone())
+            .unwrap_or_default(),
         other => bail!("{}: {other:?} is not known to the box", variable.name),
     })
 }
 
 fn address_of(result: &Value) -> Result<IpAddr> {
-    let text = result["ips"][0]["address"].as_str().context("the CNI result has an address")?;
+    let text = result["ips"][0]["address"]
+        .as_str()
+        .context("the CNI result has an address")?;
     Ok(text.split('/').next().unwrap_or_default().parse()?)
 }
 
 fn key_of(pod: &Pod) -> (String, String) {
-    (name_of(&pod.object.metadata.namespace), name_of(&pod.object.metadata.name))
+    (
+        name_of(&pod.object.metadata.namespace),
+        name_of(&pod.object.metadata.name),
+    )
 }
 
 fn uid_of(object: &PodObject) -> &str {

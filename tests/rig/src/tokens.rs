@@ -40,13 +40,19 @@ impl Issuer {
     pub fn new() -> Result<Self> {
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let key = EncodingKey::from_ec_der(&pair.serialize_der());
-        Ok(Self { key, public: pair.public_key_raw().to_vec() })
+        Ok(Self {
+            key,
+            public: pair.public_key_raw().to_vec(),
+        })
     }
 
     /// Writes the public key as a JWKS.
     pub fn publish(&self, path: &Path) -> Result<()> {
         // SEC 1 §2.3.3: 4, then both coordinates of 32 bytes.
-        let coordinates = self.public.get(1..65).context("a P-256 point has 65 bytes")?;
+        let coordinates = self
+            .public
+            .get(1..65)
+            .context("a P-256 point has 65 bytes")?;
         let (x, y) = coordinates.split_at(32);
         let keys = json!({"keys": [{
             "kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "kid": Self::KEY_ID,
@@ -70,7 +76,12 @@ impl Issuer {
 /// The claims of a bound service-account token.
 /// Source: Kubernetes, "Managing Service Accounts", schema for service account private claims.
 pub fn claims(subject: &Subject<'_>, lifetime: Duration) -> Value {
-    let Subject { namespace, service_account, pod, node } = subject;
+    let Subject {
+        namespace,
+        service_account,
+        pod,
+        node,
+    } = subject;
     let now = OffsetDateTime::now_utc().unix_timestamp();
     let mut bound = json!({
         "namespace": namespace,

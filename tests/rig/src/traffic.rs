@@ -35,7 +35,16 @@ impl Traffic {
     /// Calls `url` (an address, with `host` as the name it stands for) every 30 ms or so.
     pub fn start(pod: &Pod, url: &str, host: &str) -> Self {
         let command = Command::new("curl")
-            .args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "2", "-H"])
+            .args([
+                "-s",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                "--max-time",
+                "2",
+                "-H",
+            ])
             .arg(format!("Host: {host}"))
             .arg(url)
             .user(APP_USER, APP_USER);
@@ -47,7 +56,9 @@ impl Traffic {
 
     pub fn stop(self) -> Result<Vec<Sample>> {
         self.running.store(false, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow!("the traffic's thread panicked"))
+        self.thread
+            .join()
+            .map_err(|_| anyhow!("the traffic's thread panicked"))
     }
 }
 
@@ -55,7 +66,10 @@ fn run(command: &Command, namespace: &Namespace, goes_on: &AtomicBool) -> Vec<Sa
     let mut samples = Vec::new();
     while goes_on.load(Ordering::Relaxed) && samples.len() < LIMIT {
         let at = Instant::now();
-        let said = command.output(namespace).map(|output| output.stdout).unwrap_or_default();
+        let said = command
+            .output(namespace)
+            .map(|output| output.stdout)
+            .unwrap_or_default();
         let status = String::from_utf8_lossy(&said).trim().parse().unwrap_or(0);
         samples.push(Sample { at, status });
         thread::sleep(Duration::from_millis(30));

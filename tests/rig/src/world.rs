@@ -111,7 +111,10 @@ pub struct World {
 impl World {
     /// Brings a world up; `progress` hears what is being done.
     pub fn up(options: Options, progress: &dyn Fn(&str)) -> Result<Self> {
-        ensure!(nix::unistd::geteuid().is_root(), "the VPC in a box makes network namespaces and needs root");
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "the VPC in a box makes network namespaces and needs root"
+        );
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         Self::clean(&options.name)?;
         let folder = Path::new(ROOT).join(&options.name);
@@ -144,7 +147,11 @@ impl World {
         directory.write("mesh", include_str!("../cluster/mesh.yaml"))?;
 
         progress("control plane: controller with its CA, audit");
-        let plan = Plan { options: &options, folder: &folder, issuer: &issuer };
+        let plan = Plan {
+            options: &options,
+            folder: &folder,
+            issuer: &issuer,
+        };
         let mut controller = plan.controller(&control, directory.path())?;
         controller.ready(at(CONTROL, CONTROLLER_HTTP), "/healthz/ready", READY)?;
         let mut audit = plan.audit(&control)?;
@@ -157,8 +164,10 @@ impl World {
         }
         for node in &mut nodes {
             let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-            node.agent.ready(at(loopback, AGENT_HTTP), "/healthz/ready", READY)?;
-            node.gate.ready(at(loopback, GATE_HTTP), "/healthz", READY)?;
+            node.agent
+                .ready(at(loopback, AGENT_HTTP), "/healthz/ready", READY)?;
+            node.gate
+                .ready(at(loopback, GATE_HTTP), "/healthz", READY)?;
         }
         let world = Self {
             options,
@@ -185,12 +194,16 @@ impl World {
     pub fn clean(name: &str) -> Result<()> {
         let folder = Path::new(ROOT).join(name);
         daemon::kill_recorded(&folder);
-        let status = std::process::Command::new(program("turnpike-vpc")?)
+        let down = std::process::Command::new(program("turnpike-vpc")?)
             .args(["down", "--name", name])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status()?;
-        ensure!(status.success(), "`turnpike-vpc down --name {name}` ended with {status}");
+            .output()?;
+        let said = String::from_utf8_lossy(&down.stderr);
+        ensure!(
+            down.status.success(),
+            "`turnpike-vpc down --name {name}`: {said}"
+        );
+        unmount_below(&folder);
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("removing {}", folder.display()))
@@ -203,17 +216,28 @@ impl World {
     /// network.
     pub fn prove_isolation(&self) -> Result<()> {
         let fabric = [&self.ready.router, &self.ready.internet].into_iter();
-        let instances = self.ready.instances.values().map(|instance| &instance.namespace);
-        let mut all: Vec<Namespace> =
-            fabric.chain(instances).map(|name| Namespace::open(name)).collect::<Result<_, _>>()?;
+        let instances = self
+            .ready
+            .instances
+            .values()
+            .map(|instance| &instance.namespace);
+        let mut all: Vec<Namespace> = fabric
+            .chain(instances)
+            .map(|name| Namespace::open(name))
+            .collect::<Result<_, _>>()?;
         all.extend(self.pods.values().map(|pod| pod.namespace.clone()));
         let router = Namespace::open(&self.ready.router)?;
         let cidr = self.ready.cidr.parse()?;
-        Ok(self.runtime.block_on(isolation::prove(&router, &all, cidr))?)
+        Ok(self
+            .runtime
+            .block_on(isolation::prove(&router, &all, cidr))?)
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {
-        self.nodes.iter().find(|node| node.name == name).with_context(|| format!("no node {name}"))
+        self.nodes
+            .iter()
+            .find(|node| node.name == name)
+            .with_context(|| format!("no node {name}"))
     }
 
     pub fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
@@ -336,7 +360,10 @@ impl Plan<'_> {
         let command = Command::new(program("turnpike-audit")?)
             .args(["--listen", &format!("{CONTROL}:{AUDIT_PORT}")])
             .args(["--http", &format!("{CONTROL}:{AUDIT_HTTP}")])
-            .args(["--store", &format!("sqlite:{}", folder.join("audit.db").display())]);
+            .args([
+                "--store",
+                &format!("sqlite:{}", folder.join("audit.db").display()),
+            ]);
         let command = self.client(command, &token);
         Daemon::start("audit", command, control, &folder, self.options.keep)
     }
@@ -347,7 +374,14 @@ impl Plan<'_> {
         fs::create_dir_all(&folder)?;
         let agent = self.agent(name, &namespace, &folder)?;
         let gate = self.gate(name, &namespace, &folder)?;
-        Ok(Node { name, zone, namespace, agent, gate, folder })
+        Ok(Node {
+            name,
+            zone,
+            namespace,
+            agent,
+            gate,
+            folder,
+        })
     }
 
     fn agent(&self, name: &str, namespace: &Namespace, folder: &Path) -> Result<Daemon> {
@@ -368,7 +402,13 @@ impl Plan<'_> {
             command = command.env(name, value);
         }
         let command = self.client(command, &token);
-        Daemon::start(&format!("{name}/agent"), command, namespace, folder, self.options.keep)
+        Daemon::start(
+            &format!("{name}/agent"),
+            command,
+            namespace,
+            folder,
+            self.options.keep,
+        )
     }
 
     fn gate(&self, name: &str, namespace: &Namespace, folder: &Path) -> Result<Daemon> {
@@ -383,7 +423,13 @@ impl Plan<'_> {
             .args(["--audit", &format!("{CONTROL}:{AUDIT_PORT}")])
             .args(["--http", &format!("127.0.0.1:{GATE_HTTP}")]);
         let command = self.client(command, &token);
-        Daemon::start(&format!("{name}/gate"), command, namespace, folder, self.options.keep)
+        Daemon::start(
+            &format!("{name}/gate"),
+            command,
+            namespace,
+            folder,
+            self.options.keep,
+        )
     }
 
     /// What every client of the controller is told.
@@ -411,7 +457,11 @@ impl Plan<'_> {
             node: Some(node),
         };
         let path = self.folder.join(format!("{node}-{account}.token"));
-        fs::write(&path, self.issuer.token(&subject, Duration::from_secs(24 * 3600))?)?;
+        fs::write(
+            &path,
+            self.issuer
+                .token(&subject, Duration::from_secs(24 * 3600))?,
+        )?;
         Ok(path)
     }
 }
@@ -455,7 +505,10 @@ fn start_vpc(options: &Options, folder: &Path) -> Result<(Child, Ready)> {
         if ended.is_some() || Instant::now() > deadline {
             let log = fs::read_to_string(folder.join("vpc.log")).unwrap_or_default();
             let _ = child.kill();
-            bail!("the VPC did not come up ({ended:?}); its log:\n{}", daemon::tail(&log));
+            bail!(
+                "the VPC did not come up ({ended:?}); its log:\n{}",
+                daemon::tail(&log)
+            );
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -470,7 +523,23 @@ fn own_sink(control: &Namespace, runtime: &tokio::runtime::Runtime) -> Result<Si
 }
 
 fn endpoint(options: &Options) -> String {
-    options.otlp.clone().unwrap_or_else(|| format!("http://{CONTROL}:{OTLP_PORT}"))
+    options
+        .otlp
+        .clone()
+        .unwrap_or_else(|| format!("http://{CONTROL}:{OTLP_PORT}"))
+}
+
+/// Takes away what programs mounted below a folder, the newest first.
+pub fn unmount_below(folder: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mounted = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .rev();
+    for mount in mounted.filter(|mount| Path::new(mount).starts_with(folder)) {
+        // What is busy goes when its last user does.
+        let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
+    }
 }
 
 /// One of our programs, beside this one.

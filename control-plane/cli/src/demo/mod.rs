@@ -48,7 +48,12 @@ struct Told {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let Arguments { action, keep, report, name } = arguments;
+    let Arguments {
+        action,
+        keep,
+        report,
+        name,
+    } = arguments;
     if let Some(Action::Down) = action {
         World::clean(name)?;
         println!("the demo is down: no namespace, rule or process of it is left");
@@ -72,9 +77,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             return Err(error);
         }
     };
-    screen.done(&bar, &format!("The box is up: {} nodes, control plane", world.nodes.len()), begun.elapsed());
+    screen.done(
+        &bar,
+        &format!("The box is up: {} nodes, control plane", world.nodes.len()),
+        begun.elapsed(),
+    );
 
-    let told: Vec<Told> = STEPS.iter().map(|step| tell(&screen, &mut world, step)).collect();
+    let told: Vec<Told> = STEPS
+        .iter()
+        .map(|step| tell(&screen, &mut world, step))
+        .collect();
     let held = told.iter().all(|step| step.evidence.held());
     let total = begun.elapsed();
     screen.summary(&told, total);
@@ -86,7 +98,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         world.down()?;
     }
-    Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if held {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// A step that cannot be told to its end is a claim that did not hold.
@@ -98,14 +114,20 @@ fn tell(screen: &Screen, world: &mut World, step: &Step) -> Told {
         evidence.claim("the step was told to its end", false, format!("{error:#}"));
         evidence
     });
-    let told = Told { title: step.title, time: begun.elapsed(), evidence };
+    let told = Told {
+        title: step.title,
+        time: begun.elapsed(),
+        evidence,
+    };
     screen.told(&bar, &told);
     told
 }
 
 /// Ctrl-C takes the box down before the program ends.
 fn clean_on_interrupt(name: String) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     std::thread::spawn(move || {
         if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
             eprintln!("\ntaking the box down");

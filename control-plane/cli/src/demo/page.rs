@@ -10,7 +10,10 @@ const STYLE: &str = include_str!("page.css");
 
 pub(super) fn render(steps: &[Told], total: Duration) -> Markup {
     let claims = || steps.iter().flat_map(|step| &step.evidence.claims);
-    let (held, all) = (claims().filter(|claim| claim.held).count(), claims().count());
+    let (held, all) = (
+        claims().filter(|claim| claim.held).count(),
+        claims().count(),
+    );
     html! {
         (DOCTYPE)
         html lang="en" {

@@ -1,9 +1,6 @@
 //! The demo on a terminal: a line a step while it runs, what held beneath it, figures at the end.
 
-use std::{
-    io::IsTerminal as _,
-    time::Duration,
-};
+use std::{io::IsTerminal as _, time::Duration};
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -20,7 +17,10 @@ pub(super) struct Screen {
 impl Screen {
     pub(super) fn new() -> Self {
         let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Self { bars: MultiProgress::new(), colours }
+        Self {
+            bars: MultiProgress::new(),
+            colours,
+        }
     }
 
     pub(super) fn begin(&self, title: &'static str) -> ProgressBar {
@@ -36,7 +36,11 @@ impl Screen {
 
     pub(super) fn done(&self, bar: &ProgressBar, text: &str, time: Duration) {
         bar.finish_and_clear();
-        self.line(&format!("{} {text} · {:.1} s", self.paint("32", "✓"), time.as_secs_f64()));
+        self.line(&format!(
+            "{} {text} · {:.1} s",
+            self.paint("32", "✓"),
+            time.as_secs_f64()
+        ));
     }
 
     pub(super) fn failed(&self, bar: &ProgressBar, text: &str) {
@@ -46,11 +50,22 @@ impl Screen {
 
     pub(super) fn told(&self, bar: &ProgressBar, told: &Told) {
         bar.finish_and_clear();
-        let mark = if told.evidence.held() { self.paint("32", "✓") } else { self.paint("31", "✗") };
+        let mark = if told.evidence.held() {
+            self.paint("32", "✓")
+        } else {
+            self.paint("31", "✗")
+        };
         let title = self.paint("1", told.title);
-        self.line(&format!("\n{mark} {title} · {:.1} s", told.time.as_secs_f64()));
+        self.line(&format!(
+            "\n{mark} {title} · {:.1} s",
+            told.time.as_secs_f64()
+        ));
         for claim in &told.evidence.claims {
-            let mark = if claim.held { self.paint("32", "✓") } else { self.paint("31", "✗") };
+            let mark = if claim.held {
+                self.paint("32", "✓")
+            } else {
+                self.paint("31", "✗")
+            };
             let seen: String = claim.seen.trim().chars().take(160).collect();
             self.line(&format!("    {mark} {}", claim.says));
             if !seen.is_empty() {
@@ -72,16 +87,29 @@ impl Screen {
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_header(["Step", "Held", "Time", "Figures"]);
         for step in steps {
-            let held = step.evidence.claims.iter().filter(|claim| claim.held).count();
+            let held = step
+                .evidence
+                .claims
+                .iter()
+                .filter(|claim| claim.held)
+                .count();
             let all = step.evidence.claims.len();
-            let colour = if step.evidence.held() { Color::Green } else { Color::Red };
+            let colour = if step.evidence.held() {
+                Color::Green
+            } else {
+                Color::Red
+            };
             let mut verdict =
                 Cell::new(format!("{held} of {all}")).set_alignment(CellAlignment::Right);
             if self.colours {
                 verdict = verdict.fg(colour);
             }
-            let figures: Vec<String> =
-                step.evidence.figures.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+            let figures: Vec<String> = step
+                .evidence
+                .figures
+                .iter()
+                .map(|(name, value)| format!("{name}: {value}"))
+                .collect();
             table.add_row([
                 Cell::new(step.title),
                 verdict,
@@ -92,7 +120,11 @@ impl Screen {
         }
         self.line(&format!("\n{table}"));
         let held = steps.iter().all(|step| step.evidence.held());
-        let verdict = if held { "Every step held" } else { "Not every step held" };
+        let verdict = if held {
+            "Every step held"
+        } else {
+            "Not every step held"
+        };
         self.line(&format!("{verdict}, in {:.1} s.", total.as_secs_f64()));
     }
 
@@ -101,7 +133,11 @@ impl Screen {
     }
 
     fn paint(&self, code: &str, text: &str) -> String {
-        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+        if self.colours {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
     }
 }
 

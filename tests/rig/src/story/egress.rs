@@ -73,10 +73,18 @@ const ATTEMPTS: [Attempt; 6] = [
 pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     let mut evidence = Evidence::default();
     cast(world)?;
-    world.directory.write("egress", include_str!("../../cluster/egress.yaml"))?;
+    world
+        .directory
+        .write("egress", include_str!("../../cluster/egress.yaml"))?;
     if world.pod(SELECTED[0].0, SELECTED[0].1).is_err() {
-        world.start_pod(&cluster::client("shop", "payer", "payment-processor", "node-b"), true)?;
-        world.start_pod(&cluster::client("legacy", "batch", "batch", "node-b"), false)?;
+        world.start_pod(
+            &cluster::client("shop", "payer", "payment-processor", "node-b"),
+            true,
+        )?;
+        world.start_pod(
+            &cluster::client("legacy", "batch", "batch", "node-b"),
+            false,
+        )?;
     }
     allowed(world, &mut evidence)?;
     for (index, (namespace, pod)) in (5..).zip(SELECTED) {
@@ -93,22 +101,39 @@ fn allowed(world: &World, evidence: &mut Evidence) -> Result<()> {
     for (namespace, name) in SELECTED {
         let pod = world.pod(namespace, name)?;
         std::fs::write(pod.scratch().join("root.pem"), &root)?;
-        let kind = if pod.sidecar.is_some() { "with a sidecar" } else { "without one" };
-        let said = shell(world, namespace, name, &format!(
-            "curl -sS --max-time 5 -o /dev/null -w '%{{http_code}}' --cacert /run/scratch/root.pem {PAYMENTS}"
-        ))?;
+        let kind = if pod.sidecar.is_some() {
+            "with a sidecar"
+        } else {
+            "without one"
+        };
+        let said = shell(
+            world,
+            namespace,
+            name,
+            &format!(
+                "curl -sS --max-time 5 -o /dev/null -w '%{{http_code}}' --cacert /run/scratch/root.pem {PAYMENTS}"
+            ),
+        )?;
         evidence.claim(
             format!("the payment API is reached from a pod {kind}, its certificate verified"),
             said.out.trim() == "200",
             format!("{} {}", said.out.trim(), said.err.trim()),
         );
         let partner = |method: &str, path: &str| {
-            shell(world, namespace, name, &format!(
-                "curl -s --max-time 5 -o /dev/null -w '%{{http_code}}' -X {method} http://partner.example{path}"
-            ))
+            shell(
+                world,
+                namespace,
+                name,
+                &format!(
+                    "curl -s --max-time 5 -o /dev/null -w '%{{http_code}}' -X {method} http://partner.example{path}"
+                ),
+            )
         };
-        let (get, post, other) =
-            (partner("GET", "/v1/orders")?, partner("POST", "/v1/orders")?, partner("GET", "/admin")?);
+        let (get, post, other) = (
+            partner("GET", "/v1/orders")?,
+            partner("POST", "/v1/orders")?,
+            partner("GET", "/admin")?,
+        );
         evidence.claim(
             format!("plaintext HTTP is judged request by request, from a pod {kind}"),
             [get.out.trim(), post.out.trim(), other.out.trim()] == ["200", "403", "403"],
@@ -130,14 +155,25 @@ fn attacks(world: &World, evidence: &mut Evidence) -> Result<()> {
             Free::Pod => drop(shell(world, FREE.0, FREE.1, attempt.line)?),
             Free::Node => {
                 let node = &world.node("node-b")?.namespace;
-                Command::new("bash").args(["-c", attempt.line]).output(node)?;
+                Command::new("bash")
+                    .args(["-c", attempt.line])
+                    .output(node)?;
             }
         }
-        let open = wait_for(Duration::from_secs(3), || (reached(world) > before).then_some(()));
+        let open = wait_for(Duration::from_secs(3), || {
+            (reached(world) > before).then_some(())
+        });
         evidence.claim(
-            format!("where no policy holds it back, the attacker is reached {}", attempt.what),
+            format!(
+                "where no policy holds it back, the attacker is reached {}",
+                attempt.what
+            ),
             open.is_some(),
-            if open.is_some() { "it got through" } else { "it did not: a refusal shows nothing" },
+            if open.is_some() {
+                "it got through"
+            } else {
+                "it did not: a refusal shows nothing"
+            },
         );
         let before = reached(world);
         for (namespace, name) in SELECTED {
@@ -145,9 +181,16 @@ fn attacks(world: &World, evidence: &mut Evidence) -> Result<()> {
             std::thread::sleep(Duration::from_millis(200));
             let leaked = reached(world) > before;
             evidence.claim(
-                format!("{namespace}/{name} does not reach the attacker {}", attempt.what),
+                format!(
+                    "{namespace}/{name} does not reach the attacker {}",
+                    attempt.what
+                ),
                 !leaked,
-                if leaked { "it got through".into() } else { format!("status {:?}", said.code) },
+                if leaked {
+                    "it got through".into()
+                } else {
+                    format!("status {:?}", said.code)
+                },
             );
         }
     }
@@ -158,26 +201,6 @@ fn attacks(world: &World, evidence: &mut Evidence) -> Result<()> {
 fn record(world: &World, evidence: &mut Evidence) -> Result<()> {
     for (namespace, name) in SELECTED {
         let path = format!("/v1/records?namespace={namespace}&pod={name}&limit=500");
-        let missing = |records: &[Value]| -> Vec<&'static str> {
-            let denied = |of: &dyn Fn(&Value) -> bool| {
-                records.iter().any(|event| event["verdict"] == "denied" && of(event))
-            };
-            let to = |address: &str, event: &Value| {
-                event["destination"].as_str().is_some_and(|to| to.starts_with(address))
-            };
-            let wanted: [(&str, bool); 6] = [
-                ("allowed", records.iter().any(|event| event["verdict"] == "allowed")),
-                ("by name", denied(&|event| event["name"] == "attacker.example")),
-                ("by address", denied(&|event| to(ATTACKER, event))),
-                (
-                    "a lying SNI",
-                    denied(&|event| to(ATTACKER, event) && event["claimed"] == "api.payments.example"),
-                ),
-                ("over UDP", denied(&|event| to(ATTACKER, event) && event["protocol"] == "udp")),
-                ("over IPv6", denied(&|event| to(ATTACKER6, event))),
-            ];
-            wanted.into_iter().filter_map(|(what, there)| (!there).then_some(what)).collect()
-        };
         let complete = wait_for(Duration::from_secs(15), || {
             missing(&records(world, &path)?).is_empty().then_some(())
         });
@@ -187,7 +210,10 @@ fn record(world: &World, evidence: &mut Evidence) -> Result<()> {
             complete.is_some(),
             format!("{} records, missing: {:?}", seen.len(), missing(&seen)),
         );
-        if let Some(event) = seen.iter().find(|event| event["claimed"] == "api.payments.example") {
+        if let Some(event) = seen
+            .iter()
+            .find(|event| event["claimed"] == "api.payments.example")
+        {
             evidence.exhibit(
                 format!("One entry of {namespace}/{name}, as an auditor reads it"),
                 serde_json::to_string_pretty(event)?,
@@ -198,26 +224,72 @@ fn record(world: &World, evidence: &mut Evidence) -> Result<()> {
         serde_json::from_str(&world.ask_audit("/v1/verify").ok()?.body).ok()
     };
     // Checkpoints are signed every few seconds; until the first there is nothing to verify.
-    let holds = |reports: &[Value]| {
-        !reports.is_empty()
-            && reports.iter().all(|report| {
-                report["problems"].as_array().is_some_and(Vec::is_empty)
-                    && report["entries"].as_u64() > Some(0)
-            })
-    };
-    let verified = wait_for(Duration::from_secs(15), || reports().filter(|all| holds(all)));
+    let verified = wait_for(Duration::from_secs(15), || {
+        reports().filter(|all| holds(all))
+    });
+    let seen = reports().unwrap_or_default();
     evidence.claim(
         "the record verifies: no gap, no change, no truncation",
         verified.is_some(),
-        format!("{:?}", reports().map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>())),
+        seen.iter().map(ToString::to_string).collect::<String>(),
     );
     Ok(())
+}
+
+/// Attempts that these events do not tell of.
+fn missing(events: &[Value]) -> Vec<&'static str> {
+    let denied = |of: &dyn Fn(&Value) -> bool| {
+        events
+            .iter()
+            .any(|event| event["verdict"] == "denied" && of(event))
+    };
+    // IPv6 addresses stand in brackets.
+    let to = |address: &str, event: &Value| {
+        let destination = event["destination"].as_str().unwrap_or_default();
+        destination.trim_start_matches('[').starts_with(address)
+    };
+    let lying = |event: &Value| to(ATTACKER, event) && event["claimed"] == "api.payments.example";
+    let wanted = [
+        (
+            "allowed",
+            events.iter().any(|event| event["verdict"] == "allowed"),
+        ),
+        (
+            "by name",
+            denied(&|event| event["name"] == "attacker.example"),
+        ),
+        ("by address", denied(&|event| to(ATTACKER, event))),
+        ("a lying SNI", denied(&lying)),
+        (
+            "over UDP",
+            denied(&|event| to(ATTACKER, event) && event["protocol"] == "udp"),
+        ),
+        ("over IPv6", denied(&|event| to(ATTACKER6, event))),
+    ];
+    wanted
+        .into_iter()
+        .filter_map(|(what, there)| (!there).then_some(what))
+        .collect()
+}
+
+fn holds(reports: &[Value]) -> bool {
+    !reports.is_empty()
+        && reports.iter().all(|report| {
+            report["problems"].as_array().is_some_and(Vec::is_empty)
+                && report["entries"].as_u64() > Some(0)
+        })
 }
 
 /// The events on record, newest first.
 fn records(world: &World, path: &str) -> Option<Vec<Value>> {
     let answer: Value = serde_json::from_str(&world.ask_audit(path).ok()?.body).ok()?;
-    Some(answer.as_array()?.iter().map(|record| record["event"].clone()).collect())
+    Some(
+        answer
+            .as_array()?
+            .iter()
+            .map(|record| record["event"].clone())
+            .collect(),
+    )
 }
 
 /// Gives a pod what an attacker with NET_ADMIN in it would take: an address that the fabric
@@ -226,7 +298,11 @@ fn give_ipv6(world: &World, index: u8, namespace: &str, name: &str) -> Result<()
     let pod = world.pod(namespace, name)?;
     let instance = world.ready.instances.get(&pod.node);
     let prefix = instance.and_then(|instance| instance.ipv6_prefix.as_deref());
-    let prefix = prefix.context("the node has an IPv6 prefix")?.split('/').next().unwrap_or_default();
+    let prefix = prefix
+        .context("the node has an IPv6 prefix")?
+        .split('/')
+        .next()
+        .unwrap_or_default();
     let address = format!("{}::{index}", prefix.trim_end_matches(':'));
     let line = format!(
         "sysctl -qw net.ipv6.conf.eth0.disable_ipv6=0; ip -6 addr replace {address}/128 dev eth0 nodad; \
@@ -234,7 +310,11 @@ fn give_ipv6(world: &World, index: u8, namespace: &str, name: &str) -> Result<()
          ip -6 route replace fe80::1 dev eth0; ip -6 route replace default via fe80::1 dev eth0"
     );
     let said = world.exec_as(pod, 0, &["bash", "-c", &line])?;
-    anyhow::ensure!(said.succeeded(), "IPv6 for {namespace}/{name}: {}", said.err);
+    anyhow::ensure!(
+        said.succeeded(),
+        "IPv6 for {namespace}/{name}: {}",
+        said.err
+    );
     Ok(())
 }
 
@@ -247,7 +327,8 @@ fn reached(world: &World) -> usize {
     let text = std::fs::read_to_string(&world.ready.internet_log).unwrap_or_default();
     let is_attackers = |line: &&str| {
         serde_json::from_str::<Value>(line).is_ok_and(|entry| {
-            entry["event"] != "close" && (entry["address"] == ATTACKER || entry["address"] == ATTACKER6)
+            entry["event"] != "close"
+                && (entry["address"] == ATTACKER || entry["address"] == ATTACKER6)
         })
     };
     text.lines().filter(is_attackers).count()

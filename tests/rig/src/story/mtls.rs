@@ -16,10 +16,19 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     cast(world)?;
     let pod = format!("http://{}:8080/", world.pod("shop", "web-1")?.address);
     let capture = Capture::start(world)?;
-    let meshed = curl(world, "shop", "client", &["-H", SECRET, "http://web.shop/cards"])?;
+    let meshed = curl(
+        world,
+        "shop",
+        "client",
+        &["-H", SECRET, "http://web.shop/cards"],
+    )?;
     let plain = curl(world, "legacy", "caller", &["-H", OPEN, &pod])?;
     let wire = capture.finish()?;
-    evidence.claim("curl → sidecar → sidecar → nginx", meshed.out.trim() == "200", &meshed.out);
+    evidence.claim(
+        "curl → sidecar → sidecar → nginx",
+        meshed.out.trim() == "200",
+        &meshed.out,
+    );
     evidence.claim(
         "nothing of that request was readable between the nodes",
         !wire.carried(SECRET) && !wire.carried("/cards"),
@@ -42,7 +51,9 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         &plain.out,
     );
 
-    world.directory.write("strict", include_str!("../../cluster/strict.yaml"))?;
+    world
+        .directory
+        .write("strict", include_str!("../../cluster/strict.yaml"))?;
     let refused = wait_for(Duration::from_secs(5), || {
         let said = curl(world, "legacy", "caller", &[&pod]).ok()?;
         (said.out.trim() != "200").then_some(said)
@@ -50,16 +61,26 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     evidence.claim(
         "STRICT: the same caller is refused",
         refused.is_some(),
-        refused.map_or("it passed".into(), |said| format!("curl ended with {:?}", said.code)),
+        refused.map_or("it passed".into(), |said| {
+            format!("curl ended with {:?}", said.code)
+        }),
     );
     let still = curl(world, "shop", "client", &["http://web.shop/"])?;
-    evidence.claim("STRICT: the mesh is served as before", still.out.trim() == "200", &still.out);
+    evidence.claim(
+        "STRICT: the mesh is served as before",
+        still.out.trim() == "200",
+        &still.out,
+    );
     world.directory.remove("strict")?;
     let back = wait_for(Duration::from_secs(5), || {
         let said = curl(world, "legacy", "caller", &[&pod]).ok()?;
         (said.out.trim() == "200").then_some(())
     });
-    evidence.claim("without STRICT it passes again", back.is_some(), "policy removed");
+    evidence.claim(
+        "without STRICT it passes again",
+        back.is_some(),
+        "policy removed",
+    );
     Ok(evidence)
 }
 
@@ -77,6 +98,10 @@ fn identities(world: &World, evidence: &mut Evidence) -> Result<()> {
         (says(&web.access_log(), client) && says(&caller.access_log(), server)).then_some(())
     });
     let seen = format!("{client} called {server}");
-    evidence.claim("each side's access log names the other's identity", known.is_some(), seen);
+    evidence.claim(
+        "each side's access log names the other's identity",
+        known.is_some(),
+        seen,
+    );
     Ok(())
 }

@@ -11,7 +11,13 @@ const METRICS: &str = "127.0.0.1:61678";
 pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     let mut evidence = Evidence::default();
     for node in &world.nodes {
-        let metrics = || Some(http::get(&node.namespace, METRICS.parse().ok()?, "/metrics").ok()?.body);
+        let metrics = || {
+            Some(
+                http::get(&node.namespace, METRICS.parse().ok()?, "/metrics")
+                    .ok()?
+                    .body,
+            )
+        };
         let filled = wait_for(Duration::from_secs(15), || {
             let metrics = metrics()?;
             let free = value(&metrics, "awscni_total_ip_addresses")?
@@ -21,7 +27,9 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         evidence.claim(
             format!("{} keeps addresses warm for pods to come", node.name),
             filled.is_some(),
-            filled.map_or("the pool stayed empty".to_owned(), |free| format!("{free} free")),
+            filled.map_or("the pool stayed empty".to_owned(), |free| {
+                format!("{free} free")
+            }),
         );
         let calls = metrics().and_then(|metrics| value(&metrics, "awscni_ec2api_req_count"));
         evidence.claim(
@@ -30,7 +38,10 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
             format!("{} calls", calls.unwrap_or_default()),
         );
         let most = metrics().and_then(|metrics| value(&metrics, "awscni_ip_max"));
-        evidence.figure(format!("{}: most pod addresses", node.name), most.unwrap_or_default());
+        evidence.figure(
+            format!("{}: most pod addresses", node.name),
+            most.unwrap_or_default(),
+        );
     }
     Ok(evidence)
 }
@@ -42,7 +53,8 @@ pub(super) fn value(metrics: &str, name: &str) -> Option<f64> {
             .map(|rest| rest.strip_prefix("_total").unwrap_or(rest))
             .is_some_and(|rest| rest.starts_with(['{', ' ']))
     });
-    let values: Vec<f64> =
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+    let values: Vec<f64> = lines
+        .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
+        .collect();
     (!values.is_empty()).then(|| values.iter().sum())
 }

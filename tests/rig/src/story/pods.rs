@@ -19,9 +19,7 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     cast(world)?;
     let web = world.pod("shop", "web-1")?.address;
     let client = world.pod("shop", "client")?.address;
-    let in_zone = |address: IpAddr, third: std::ops::Range<u8>| {
-        matches!(address, IpAddr::V4(v4) if v4.octets()[..2] == [10, 0] && third.contains(&v4.octets()[2]))
-    };
+    let in_zone = |address: IpAddr, third: std::ops::Range<u8>| matches!(address, IpAddr::V4(v4) if v4.octets()[..2] == [10, 0] && third.contains(&v4.octets()[2]));
     evidence.claim(
         "pods have addresses of their node's subnet",
         in_zone(web, 0..64) && in_zone(client, 64..128),
@@ -39,10 +37,15 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         let name = format!("crowd-{index}");
         world.start_pod(&cluster::client("legacy", &name, "crowd", "node-b"), false)?;
     }
-    evidence.figure("six pods, CNI ADD to running", format!("{:?}", begun.elapsed()));
+    evidence.figure(
+        "six pods, CNI ADD to running",
+        format!("{:?}", begun.elapsed()),
+    );
     let node = world.node("node-b")?.namespace.clone();
     let show = |what: &str| -> Result<String> {
-        let output = Command::new("ip").args(["-4", what, "show"]).output(&node)?;
+        let output = Command::new("ip")
+            .args(["-4", what, "show"])
+            .output(&node)?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let (links, rules) = (show("addr")?, show("rule")?);

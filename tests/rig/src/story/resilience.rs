@@ -30,21 +30,31 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         bare > 0,
         format!("{bare} of {REQUESTS} requests failed"),
     );
-    let bare = curl(world, "shop", "client", &["--max-time", "2", "http://slow.shop/?[1-4]"])?;
+    let bare = curl(
+        world,
+        "shop",
+        "client",
+        &["--max-time", "2", "http://slow.shop/?[1-4]"],
+    )?;
     evidence.claim(
         "and it waits for the hanging one in vain",
         bare.out.contains("000"),
         format!("four requests: {}", bare.out.trim()),
     );
 
-    world.directory.write("resilience", include_str!("../../cluster/resilience.yaml"))?;
+    world
+        .directory
+        .write("resilience", include_str!("../../cluster/resilience.yaml"))?;
     let calm = wait_for(Duration::from_secs(10), || {
         failures(world, "flaky").ok().filter(|failed| *failed == 0)
     });
     evidence.claim(
         "with retries it sees none of it",
         calm.is_some(),
-        format!("{REQUESTS} requests, {} failed", calm.map_or("some".into(), |n| n.to_string())),
+        format!(
+            "{REQUESTS} requests, {} failed",
+            calm.map_or("some".into(), |n| n.to_string())
+        ),
     );
     let again = failures(world, "slow")?;
     evidence.claim(
@@ -62,7 +72,10 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     evidence.claim(
         "repaired, it is readmitted and serves again",
         readmitted.is_some(),
-        format!("slow-1 served {} requests after", readmitted.unwrap_or(back) - back),
+        format!(
+            "slow-1 served {} requests after",
+            readmitted.unwrap_or(back) - back
+        ),
     );
     world.directory.remove("resilience")?;
     Ok(evidence)
@@ -80,8 +93,14 @@ fn ejection(world: &World, evidence: &mut Evidence) -> Result<()> {
         format!("{to_bad} of the next {REQUESTS} requests ended there"),
     );
     let metrics = client.metrics()?;
-    let line = metrics.lines().find(|line| line.contains("eject") && !line.starts_with('#'));
-    evidence.claim("and counted", line.is_some(), line.unwrap_or("no metric says so"));
+    let line = metrics
+        .lines()
+        .find(|line| line.contains("eject") && !line.starts_with('#'));
+    evidence.claim(
+        "and counted",
+        line.is_some(),
+        line.unwrap_or("no metric says so"),
+    );
     Ok(())
 }
 
@@ -89,14 +108,21 @@ fn ejection(world: &World, evidence: &mut Evidence) -> Result<()> {
 fn failures(world: &World, service: &str) -> Result<usize> {
     let url = format!("http://{service}.shop/?[1-{REQUESTS}]");
     let said = curl(world, "shop", "client", &["--max-time", "2", &url])?;
-    Ok(REQUESTS.saturating_sub(said.out.split_whitespace().filter(|code| *code == "200").count()))
+    Ok(REQUESTS.saturating_sub(
+        said.out
+            .split_whitespace()
+            .filter(|code| *code == "200")
+            .count(),
+    ))
 }
 
 /// Requests in the client's access log whose last try went to this pod.
 fn sent_to(client: &Pod, pod: &Pod) -> usize {
     let host = format!("{}:", pod.address);
     let is = |entry: &serde_json::Value| {
-        entry["upstream_host"].as_str().is_some_and(|upstream| upstream.starts_with(&host))
+        entry["upstream_host"]
+            .as_str()
+            .is_some_and(|upstream| upstream.starts_with(&host))
     };
     client.access_log().iter().filter(|entry| is(entry)).count()
 }

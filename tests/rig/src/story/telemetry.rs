@@ -11,7 +11,11 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     let mut evidence = Evidence::default();
     cast(world)?;
     let said = curl(world, "shop", "client", &["http://web.shop/traced"])?;
-    evidence.claim("a request to be traced", said.out.trim() == "200", &said.out);
+    evidence.claim(
+        "a request to be traced",
+        said.out.trim() == "200",
+        &said.out,
+    );
     if let Some(sink) = &world.sink {
         let mentions = |span: &otlp::Span| span.attributes.values().any(|v| v.contains("/traced"));
         let spans = wait_for(Duration::from_secs(15), || {
@@ -19,7 +23,9 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
             (spans.len() >= 2).then_some(spans)
         })
         .unwrap_or_default();
-        let child = spans.iter().any(|span| spans.iter().any(|other| other.id == span.parent));
+        let child = spans
+            .iter()
+            .any(|span| spans.iter().any(|other| other.id == span.parent));
         evidence.claim(
             "both sidecars' spans came over OTLP, one below the other, under one trace id",
             child,
@@ -33,7 +39,10 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         evidence.claim(
             "metrics came over OTLP",
             metrics.is_some(),
-            format!("{:?}", metrics.map(|names| names.into_keys().collect::<Vec<_>>())),
+            format!(
+                "{:?}",
+                metrics.map(|names| names.into_keys().collect::<Vec<_>>())
+            ),
         );
     }
     // As in Istio, only the side that checked the certificate says how the connection was secured.

@@ -11,16 +11,30 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     evidence.claim(
         "no namespace has a way out to this machine's network",
         isolation.is_ok(),
-        isolation.map_or_else(|error| error.to_string(), |()| "every link ends in the box".into()),
+        isolation.map_or_else(
+            |error| error.to_string(),
+            |()| "every link ends in the box".into(),
+        ),
     );
 
     let node = world.node("node-a")?.namespace.clone();
-    let without = run(&node, &["-s", "-o", "/dev/null", "-w", "%{http_code}", METADATA])?;
-    evidence.claim("instance metadata asks for a token", without == "401", &without);
+    let without = run(
+        &node,
+        &["-s", "-o", "/dev/null", "-w", "%{http_code}", METADATA],
+    )?;
+    evidence.claim(
+        "instance metadata asks for a token",
+        without == "401",
+        &without,
+    );
     let token = run(&node, &["-s", "-X", "PUT", "-H", TTL, TOKEN])?;
     let header = format!("X-aws-ec2-metadata-token: {token}");
     let kind = run(&node, &["-s", "-H", &header, METADATA])?;
-    evidence.claim("with a token, node-a is an m5.large", kind == "m5.large", &kind);
+    evidence.claim(
+        "with a token, node-a is an m5.large",
+        kind == "m5.large",
+        &kind,
+    );
 
     let root = world.ready.root.clone();
     let outside = run(
@@ -40,7 +54,11 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
             "https://api.payments.example/",
         ],
     )?;
-    evidence.claim("the NAT gateway leads to the pretended internet", outside == "200", &outside);
+    evidence.claim(
+        "the NAT gateway leads to the pretended internet",
+        outside == "200",
+        &outside,
+    );
 
     let unassigned = Command::new("sh")
         .args(["-c", SPOOF])
