@@ -110,12 +110,15 @@ impl Authority {
         Self::from_pem(&certificate.pem(), &pem)
     }
 
-    /// Takes up a root that was made before.
+    /// Takes up a root that was made before. Of `certificate` the first certificate is kept, and
+    /// nothing that stands before or after it: it is handed to everybody.
     pub fn from_pem(certificate: &str, key: &str) -> Result<Self, AuthorityError> {
         let key = KeyPair::from_pem(key).map_err(AuthorityError::Key)?;
         if !key.is_compatible(&PKCS_ECDSA_P256_SHA256) {
             return Err(AuthorityError::NotP256);
         }
+        let certificate = certificate_block(certificate)
+            .ok_or_else(|| InvalidBundle::Pem("no CERTIFICATE block is in it".into()))?;
         let der = CertificateDer::from_pem_slice(certificate.as_bytes())
             .map_err(|error| InvalidBundle::Pem(error.to_string()))?;
         TrustBundle::new(vec![der.clone()])?;
@@ -128,7 +131,7 @@ impl Authority {
         let not_after = parsed.validity().not_after.to_datetime().into();
         Ok(Self {
             issuer: Issuer::from_ca_cert_der(&der, key).map_err(AuthorityError::Key)?,
-            certificate_pem: certificate.trim_end().to_owned() + "\n",
+            certificate_pem: certificate.to_owned() + "\n",
             certificate: der.clone(),
             not_before,
             not_after,
@@ -218,6 +221,14 @@ impl fmt::Debug for Authority {
             .field("not_after", &self.not_after)
             .finish_non_exhaustive()
     }
+}
+
+/// The first certificate with its own two markers. What is between them decodes as that one
+/// certificate or is refused, so that it can hide nothing.
+fn certificate_block(pem: &str) -> Option<&str> {
+    const END: &str = "-----END CERTIFICATE-----";
+    let whole = &pem[..pem.find(END)? + END.len()];
+    Some(&whole[whole.rfind("-----BEGIN CERTIFICATE-----")?..])
 }
 
 /// Parses a request and verifies that its sender holds the key.

@@ -170,6 +170,25 @@ fn a_root_is_taken_up_again() {
 }
 
 #[test]
+fn nothing_but_the_certificate_is_handed_out() {
+    let root = authority();
+    let (certificate, key) = (root.certificate_pem(), root.key_pem());
+    for file in [
+        format!("{certificate}{}", *key),
+        format!("{}{certificate}", *key),
+        format!("-----BEGIN CERTIFICATE-----\n{}{certificate}", *key),
+        format!("subject: root\n{certificate}a note\n"),
+    ] {
+        let again = Authority::from_pem(&file, &key).unwrap();
+        assert_eq!(again.certificate_pem(), certificate);
+        let web = identity("web");
+        let request = KeyRequest::new(&web).unwrap();
+        let issued = again.sign(request.csr_pem(), &web, LEAF_LIFETIME, now());
+        assert!(!issued.unwrap().chain.concat().contains("PRIVATE"));
+    }
+}
+
+#[test]
 fn a_root_of_mixed_parts_is_refused() {
     let (root, other) = (authority(), authority());
     let mixed = Authority::from_pem(root.certificate_pem(), &other.key_pem());
