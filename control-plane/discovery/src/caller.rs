@@ -60,13 +60,19 @@ impl Caller {
                 )),
                 None => refuse("the token is bound to no pod; use a projected token".into()),
             },
-            ResourceType::Address | ResourceType::Service | ResourceType::Endpoints => {
-                if wildcard {
-                    refuse("these are subscribed by name, on first use".into())
-                } else {
-                    Ok(())
-                }
+            ResourceType::Address | ResourceType::Service | ResourceType::Endpoints if wildcard => {
+                refuse("these are subscribed by name, on first use".into())
             }
+            // A view is a Service encoded once more: as many as names that a caller makes up
+            // would be no bound, and another namespace's routes are not its business.
+            ResourceType::Service => match name.split_once('@') {
+                Some((_, consumer)) if consumer != self.identity.namespace() => refuse(format!(
+                    "a caller may ask for the view of its own namespace alone, `@{}`",
+                    self.identity.namespace()
+                )),
+                _ => Ok(()),
+            },
+            ResourceType::Address | ResourceType::Endpoints => Ok(()),
             ResourceType::PodNetwork if !self.is(AGENT) => {
                 refuse(format!("it is for service account {SYSTEM}/{AGENT} alone"))
             }
@@ -120,6 +126,11 @@ mod tests {
             (&web, SelfConfig, "*", false),
             (&web, Service, "cluster/shop/web@shop", true),
             (&web, Service, "*", false),
+            (&web, Service, "cluster/bank/vault", true),
+            (&web, Service, "cluster/bank/vault@shop", true),
+            (&web, Service, "cluster/shop/web@bank", false),
+            (&web, Service, "cluster/shop/web@shop@bank", false),
+            (&web, Service, "cluster/shop/web@", false),
             (&web, Address, "default/10.0.0.1", true),
             (&web, Endpoints, "cluster/shop/web/0", true),
             (&web, PodNetwork, "*", false),

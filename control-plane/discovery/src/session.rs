@@ -24,8 +24,6 @@ use crate::{
     subscriber::SubscriberId,
 };
 
-/// Streams at once; a further one is told to come again.
-const MAX_STREAMS: usize = 20_000;
 /// A request holds names and versions only.
 const MAX_REQUEST_BYTES: usize = 16 << 20;
 
@@ -102,12 +100,8 @@ impl AggregatedDiscoveryService for Server {
         let caller = request.extensions().get::<Arc<Caller>>().cloned();
         let caller = caller.ok_or_else(|| Status::unauthenticated("no caller is known"))?;
         let Discovery { hub, stop } = self.0.clone();
-        if hub.lock().subscribers() >= MAX_STREAMS {
-            return Err(Status::resource_exhausted(format!(
-                "this controller serves {MAX_STREAMS} streams already; come again later"
-            )));
-        }
-        let id = hub.lock().join(caller.clone(), SystemTime::now());
+        let joined = hub.lock().join(caller.clone(), SystemTime::now());
+        let id = joined.map_err(|full| Status::resource_exhausted(full.to_string()))?;
         // Full: the client does not read. What changes meanwhile stays marked in the hub.
         let (responses, stream) = mpsc::channel(1);
         let session = Session {

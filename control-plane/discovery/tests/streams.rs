@@ -239,6 +239,27 @@ async fn what_one_may_not_have_ends_the_stream_with_the_rule() {
 }
 
 #[tokio::test]
+async fn one_pod_that_opens_streams_without_end_is_held_back_alone() {
+    let rig = Rig::start().await;
+    let mut open = Vec::new();
+    let refused = loop {
+        match rig.open(WEB).await {
+            Ok(client) => open.push(client),
+            Err(status) => break status,
+        }
+        assert!(open.len() < 100, "no end is in sight");
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("uid-web-1"), "{refused}");
+    // Others are served, and so is it again once one of its streams has ended.
+    rig.client("shop/web/uid-web-2/node-a").await;
+    open.pop();
+    while rig.open(WEB).await.is_err() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn a_refusal_is_kept_for_the_status_and_is_not_sent_again() {
     let rig = Rig::start().await;
     rig.apply(Kind::Service, service("web", "web"));

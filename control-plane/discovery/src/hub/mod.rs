@@ -4,12 +4,13 @@ mod report;
 mod requests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
     sync::Arc,
     time::SystemTime,
 };
 
 use turnpike_model::{Changes, Model, ResourceType};
+use turnpike_rules::Identity;
 use turnpike_wire::discovery::{DeltaDiscoveryResponse, Resource};
 
 use crate::{
@@ -18,6 +19,12 @@ use crate::{
     subscriber::{MAX_UNANSWERED, Subscriber, SubscriberId, TypeState},
 };
 pub(crate) use requests::RequestError;
+
+/// Streams at once; a further one is told to come again.
+const MAX_STREAMS: usize = 20_000;
+/// Streams of one pod at once. It needs one; while connections break, those that the server does
+/// not yet know to be dead count too.
+const MAX_STREAMS_OF_ONE: usize = 16;
 
 /// A response is closed when it holds this much; gRPC refuses messages far above it.
 const RESPONSE_BYTES: usize = 1 << 20;
@@ -31,6 +38,8 @@ pub(crate) struct Hub {
     views: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
     wildcards: HashMap<Scope, BTreeSet<SubscriberId>>,
     subscribers: BTreeMap<SubscriberId, Subscriber>,
+    /// How many streams each caller has; none without any.
+    streams: HashMap<Whose, usize>,
     counters: Counters,
     next_id: SubscriberId,
 }
@@ -47,6 +56,18 @@ struct Entry {
 /// What a wildcard covers: a type, and for pods the node they are on.
 type Scope = (ResourceType, Option<Arc<str>>);
 
+/// Who a stream counts for: the pod, or where the token is bound to none the service account.
+type Whose = (Identity, Option<Arc<str>>);
+
+/// Why a stream is not opened.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum Full {
+    #[error("this controller serves {MAX_STREAMS} streams already; come again later")]
+    All,
+    #[error("{0} has {MAX_STREAMS_OF_ONE} streams open already; close one of them first")]
+    One(String),
+}
+
 impl Hub {
     pub(crate) fn new(model: Model) -> Self {
         Self {
@@ -55,22 +76,46 @@ impl Hub {
             views: HashMap::new(),
             wildcards: HashMap::new(),
             subscribers: BTreeMap::new(),
+            streams: HashMap::new(),
             counters: Counters::default(),
             next_id: 0,
         }
     }
 
-    pub(crate) fn join(&mut self, caller: Arc<Caller>, now: SystemTime) -> SubscriberId {
+    pub(crate) fn join(
+        &mut self,
+        caller: Arc<Caller>,
+        now: SystemTime,
+    ) -> Result<SubscriberId, Full> {
+        if self.subscribers.len() >= MAX_STREAMS {
+            return Err(Full::All);
+        }
+        let whose = whose(&caller);
+        let open = self.streams.get(&whose).copied().unwrap_or_default();
+        if open >= MAX_STREAMS_OF_ONE {
+            let (identity, pod) = whose;
+            return Err(Full::One(match pod {
+                Some(pod) => format!("pod {pod} of {identity}"),
+                None => identity.to_string(),
+            }));
+        }
+        self.streams.insert(whose, open + 1);
         self.next_id += 1;
         self.subscribers
             .insert(self.next_id, Subscriber::new(caller, now));
-        self.next_id
+        Ok(self.next_id)
     }
 
     pub(crate) fn leave(&mut self, id: SubscriberId) {
         let Some(subscriber) = self.subscribers.remove(&id) else {
             return;
         };
+        if let hash_map::Entry::Occupied(mut open) = self.streams.entry(whose(&subscriber.caller)) {
+            *open.get_mut() -= 1;
+            if *open.get() == 0 {
+                open.remove();
+            }
+        }
         for (kind, state) in subscriber.types {
             for name in state.exact {
                 self.unwatch(id, kind, &name);
@@ -249,6 +294,11 @@ impl TypeState {
             None => version.is_some() || self.exact.contains(name),
         }
     }
+}
+
+fn whose(caller: &Caller) -> Whose {
+    let pod = caller.pod.as_ref().map(|pod| pod.uid.clone());
+    (caller.identity.clone(), pod)
 }
 
 /// Types whose resources belong to the node of a pod.

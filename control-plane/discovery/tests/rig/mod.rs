@@ -65,6 +65,10 @@ impl Rig {
 
     /// Opens a stream as `namespace/account/pod-uid/node`.
     pub(crate) async fn client(&self, caller: &str) -> Client {
+        self.open(caller).await.unwrap()
+    }
+
+    pub(crate) async fn open(&self, caller: &str) -> Result<Client, Status> {
         let config = controller_client_config(&self.roots, ALPN_GRPC);
         let channel = connect(&self.address, SERVER, config).await.unwrap();
         let (requests, stream) = mpsc::channel(64);
@@ -75,13 +79,12 @@ impl Rig {
         let mut client = AggregatedDiscoveryServiceClient::new(channel);
         let responses = client
             .delta_aggregated_resources(request)
-            .await
-            .unwrap()
+            .await?
             .into_inner();
-        Client {
+        Ok(Client {
             requests,
             responses,
-        }
+        })
     }
 }
 
