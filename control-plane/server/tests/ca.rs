@@ -121,6 +121,11 @@ async fn tokens_that_do_not_hold_are_refused_and_logged() {
             with(&|c| drop(c.as_object_mut().unwrap().remove("exp"))),
             "claims",
         ),
+        (
+            "ending after all time",
+            with(&|c| c["exp"] = json!(i64::MAX)),
+            "claims",
+        ),
         ("of another audience", with(&other("aud")), "audience"),
         ("of another issuer", with(&other("iss")), "issuer"),
         ("of another account", with(&other("sub")), "claims"),

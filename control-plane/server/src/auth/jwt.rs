@@ -170,13 +170,15 @@ impl JwtAuthenticator {
                 uid: uid.into(),
             })
         };
+        let expires = UNIX_EPOCH
+            .checked_add(Duration::from_secs(exp))
+            .and_then(|at| at.checked_add(LEEWAY))
+            .ok_or_else(|| AuthError::Claims("`exp` is beyond all time".into()))?;
         Ok(Caller {
             identity,
             pod: pod.and_then(bound),
             node: node.map(|node| node.name.into()),
-            expires: UNIX_EPOCH
-                .checked_add(Duration::from_secs(exp))
-                .map(|at| at + LEEWAY),
+            expires: Some(expires),
         })
     }
 }
