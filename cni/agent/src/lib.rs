@@ -21,6 +21,7 @@ pub mod cni;
 pub mod config;
 pub mod feed;
 pub mod flight;
+pub mod guard;
 pub mod http;
 pub mod identity;
 pub mod metrics;

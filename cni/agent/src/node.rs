@@ -53,6 +53,8 @@ pub struct Node {
     pub pool_wanted: Notify,
     /// Wakes the task that carries policy to running pods.
     pub policy_wanted: Notify,
+    /// Wakes the task that looks for refused packets that were not logged.
+    pub denials_seen: Notify,
     /// Operations that must end even if their caller goes away.
     pub work: TaskTracker,
     pub stop: CancellationToken,
@@ -99,6 +101,7 @@ impl Node {
             warmed: AtomicBool::new(false),
             pool_wanted: Notify::new(),
             policy_wanted: Notify::new(),
+            denials_seen: Notify::new(),
             work: TaskTracker::new(),
             stop,
         })

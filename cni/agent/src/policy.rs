@@ -187,15 +187,23 @@ pub async fn confirm(node: Arc<Node>) {
             Some(Err(_)) | None => return,
         }
         let lost = changes.wait_for(|snapshot| !snapshot.connected);
-        tokio::select! {
+        let confirmed = tokio::select! {
             () = node.stop.cancelled() => return,
-            _ = lost => {}
-            () = tokio::time::sleep(CONFIRM_WITHIN) => {
-                node.policy.drop_unconfirmed();
-                node.policy_wanted.notify_one();
-                return;
-            }
+            _ = lost => false,
+            () = tokio::time::sleep(CONFIRM_WITHIN) => true,
+        };
+        if confirmed {
+            node.policy.drop_unconfirmed();
+            node.policy_wanted.notify_one();
+            return settle(&node).await;
         }
+    }
+}
+
+/// Addresses that were the cluster's before this start, and that nobody confirmed, may be anybody's.
+async fn settle(node: &Node) {
+    if let Err(error) = node.datapath.settle().await {
+        tracing::error!(%error, "addresses of the cluster from before the start may still stand");
     }
 }
 

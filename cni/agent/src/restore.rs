@@ -43,6 +43,13 @@ pub async fn restore(node: &Arc<Node>) -> Result<(), Error> {
     report(&outcome.findings);
     forget_idle(node, &alive).await;
     adopt(node, &alive).await;
+    if node.datapath.began_bare() && !alive.is_empty() {
+        tracing::error!(
+            "there were pods, but no rules: somebody took them while no agent was here"
+        );
+        let reason = "the node's rules were gone when the agent started, while pods were running";
+        node.feed.lapse(reason, 0);
+    }
     tracing::info!(pods = live.len(), "restored");
     Ok(())
 }

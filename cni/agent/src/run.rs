@@ -27,6 +27,7 @@ use crate::{
     cni::CniService,
     config::Settings,
     feed::{self, FeedService},
+    guard,
     http::{self, Show},
     identity::{Identity, IdentityError},
     node::{Node, Parts, datapath_eni},
@@ -289,6 +290,8 @@ fn background<C: Cloud>(node: &Arc<Node>, cloud: C, tasks: &mut Tasks) {
     tasks.spawn("policy to pods", apply::run(Arc::clone(node)));
     tasks.spawn("policy to disk", policy::keep(Arc::clone(node)));
     tasks.spawn("denials", feed::forward_denials(Arc::clone(node)));
+    tasks.spawn("untold denials", feed::tell_untold(Arc::clone(node)));
+    tasks.spawn("the watch over the rules", guard::keep(Arc::clone(node)));
     let confirming = Arc::clone(node);
     tasks.spawn("what only the disk says", async move {
         policy::confirm(Arc::clone(&confirming)).await;

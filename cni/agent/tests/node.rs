@@ -213,6 +213,7 @@ fn a_selected_pod_is_denied_the_gate_is_told_and_a_change_reaches_the_running_po
     assert_eq!(denied.destination, [10, 0, 0, 10]);
     assert_eq!(denied.protocol, 6);
     assert_eq!(denied.interface, told_interface(&rig));
+    assert_eq!(denied.container_id, "c");
 
     rig.end(Signal::SIGKILL);
     assert!(
@@ -229,7 +230,7 @@ fn a_selected_pod_is_denied_the_gate_is_told_and_a_change_reaches_the_running_po
     loop {
         match feed.next() {
             Event::Added(told) if !told.selected => break,
-            Event::Added(_) | Event::Synced(_) | Event::Denied(_) => {}
+            Event::Added(_) | Event::Synced(_) | Event::Denied(_) | Event::Lapse(_) => {}
             Event::Removed(told) => panic!("{told:?}"),
         }
     }

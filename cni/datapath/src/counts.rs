@@ -42,6 +42,31 @@ pub(crate) fn read() -> Result<Counts, Error> {
     Ok(counts)
 }
 
+/// How much was refused, in packets since the tables were made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    pub all: u64,
+    /// Of these, beyond what is logged of one pod in a second.
+    pub untold: u64,
+}
+
+/// One process of nft.
+pub(crate) fn refusals() -> Result<Refusals, Error> {
+    let listing = nft::list(&["counters"])?.unwrap_or_default();
+    let mut refusals = Refusals::default();
+    let objects = listing["nftables"].as_array().into_iter().flatten();
+    let counters = objects.map(|object| &object["counter"]);
+    for counter in counters.filter(|counter| counter["table"] == "turnpike") {
+        let packets = count(counter).packets;
+        match counter["name"].as_str() {
+            Some("forward_denied" | "spoofed") => refusals.all += packets,
+            Some("untold") => refusals.untold += packets,
+            _ => {}
+        }
+    }
+    Ok(refusals)
+}
+
 fn collect(listing: &Value, counts: &mut Counts) {
     for object in listing["nftables"].as_array().into_iter().flatten() {
         let counter = &object["counter"];

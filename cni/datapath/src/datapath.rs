@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use tokio::sync::oneshot;
 
 use crate::{
-    Applied, ApplyError, Counts, Eni, Error, Found, Mac, NodePlan, PodPlan, PodPolicy, Removal,
-    RemoveError, counts,
+    Applied, ApplyError, Counts, Eni, Error, Found, Mac, NodePlan, PodPlan, PodPolicy, Refusals,
+    Removal, RemoveError, counts,
     host::Host,
     links::{Link, Route},
     marks, node, pod,
@@ -200,7 +200,8 @@ impl Datapath {
     }
 
     /// After a restart: everything alive was adopted and every source was heard; what else the
-    /// kernel still held from before goes.
+    /// kernel still held from before goes. A pod whose link stands is held to its rules even if
+    /// nobody adopted it.
     pub async fn settle(&self) -> Result<(), Error> {
         self.ruleset.edit(Edit::Settle).await
     }
@@ -216,6 +217,19 @@ impl Datapath {
         tokio::task::spawn_blocking(counts::read)
             .await
             .map_err(|_| Error::Closed)?
+    }
+
+    /// How much the rules refused, and how much of it they did not log. Cheaper than
+    /// [`counts`](Self::counts): no set is listed.
+    pub async fn refusals(&self) -> Result<Refusals, Error> {
+        tokio::task::spawn_blocking(counts::refusals)
+            .await
+            .map_err(|_| Error::Closed)?
+    }
+
+    /// Whether there were no rules at all when this was opened.
+    pub fn began_bare(&self) -> bool {
+        self.ruleset.began_bare
     }
 }
 

@@ -14,7 +14,8 @@
 //! 4. [`Datapath::update`] changes a running pod's policy, [`Datapath::check`] compares what is with
 //!    what should be, [`Datapath::remove`] takes it away by what was recorded.
 //!
-//! Beside it, [`Denials`] reads which packets the rules refused, [`Datapath::counts`] the counters.
+//! Beside it, [`Denials`] reads which packets the rules refused, [`Datapath::counts`] the counters,
+//! and [`Watch`] sees when somebody else changes the rules.
 //!
 //! # Routes without a rule per pod
 //!
@@ -49,12 +50,14 @@ pub mod plan;
 mod pod;
 mod ruleset;
 mod sysctl;
+mod watch;
 
-pub use counts::{Count, Counts};
+pub use counts::{Count, Counts, Refusals};
 pub use datapath::Datapath;
-pub use denials::{Denials, Denied};
+pub use denials::{Cause, Denials, Denied};
 pub use error::{ApplyError, Error, RemoveError};
 pub use mac::{InvalidMac, Mac};
 pub use plan::{
     Applied, Eni, Found, NodePlan, PodKey, PodPlan, PodPolicy, PrimaryEni, Removal, Snat,
 };
+pub use watch::{Meddling, Watch};

@@ -4,11 +4,32 @@
 //! 0.4 ms for the same batch over netlink; what waits while one runs therefore shares the next.
 
 use std::{
+    collections::VecDeque,
     io::{self, Write as _},
     process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
 };
 
 use crate::Error;
+
+/// Process ids of the last children, by which their work is told from others'.
+static CHILDREN: Mutex<VecDeque<u32>> = Mutex::new(VecDeque::new());
+/// More than run within the time that a notification may wait to be read.
+const REMEMBERED: usize = 256;
+
+/// Whether a process was started here, lately.
+pub(crate) fn is_ours(process: u32) -> bool {
+    let children = CHILDREN.lock().unwrap_or_else(PoisonError::into_inner);
+    children.contains(&process)
+}
+
+fn remember(process: u32) {
+    let mut children = CHILDREN.lock().unwrap_or_else(PoisonError::into_inner);
+    if children.len() >= REMEMBERED {
+        children.pop_front();
+    }
+    children.push_back(process);
+}
 
 /// Runs one transaction in the network namespace of the calling thread. Blocks.
 pub(crate) fn transact(what: &str, script: &str) -> Result<(), Error> {
@@ -46,6 +67,8 @@ pub(crate) fn run(what: &str, arguments: &[&str], script: &str) -> Result<String
         .stderr(Stdio::piped())
         .spawn()
         .map_err(failed)?;
+    // Before it has read what to do, so before anybody can see it done.
+    remember(child.id());
     // nft reads all before it prints anything, so writing first cannot block for ever. It may stop
     // reading at an error, which its message tells better than the broken pipe.
     if let Some(mut stdin) = child.stdin.take() {

@@ -17,12 +17,16 @@ use turnpike_ledger::{
 };
 use turnpike_wire::{
     backoff::Backoff,
-    node::{Denied, FeedEvent, LocalPod, WatchRequest, feed_client::FeedClient, feed_event},
+    node::{
+        Denied, FeedEvent, Lapse, LocalPod, WatchRequest, denied::Cause, feed_client::FeedClient,
+        feed_event,
+    },
 };
 
 use crate::{
+    describe::bounded,
     spool::Spool,
-    state::{Change, Owner, PodInfo, State},
+    state::{Change, Owner, PodInfo, Standing, State},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +98,12 @@ fn apply(event: FeedEvent, owner: &Owner, state: &State, spool: &Spool) {
         }
         Some(feed_event::Event::Synced(_)) => owner.apply(Change::FeedSynced),
         Some(feed_event::Event::Denied(denied)) => record(denied, state, spool),
+        Some(feed_event::Event::Lapse(Lapse { reason, packets })) => {
+            spool.note(Event::Gap {
+                entries: packets.max(1),
+                reason: bounded(&reason),
+            });
+        }
         // From a later agent.
         None => {}
     }
@@ -127,13 +137,16 @@ fn pod_info(pod: LocalPod) -> Option<PodInfo> {
     })
 }
 
-/// A packet that the node's rules refused, put on record for the pod that has its source.
+/// A packet that the node's rules refused, put on record for the pod that sent it.
 fn record(denied: Denied, state: &State, spool: &Spool) {
     let (Some(source), Some(destination)) = (address(&denied.source), address(&denied.destination))
     else {
         return spool.drop_one();
     };
-    let standing = state.view().standing(source);
+    let standing = match denied.cause() {
+        Cause::Uninvited => Standing::Unknown,
+        Cause::Refused | Cause::Spoofed => state.view().sender(&denied.container_id, source),
+    };
     if !spool.may_record_denial(standing.pod().map(|pod| &**pod), Instant::now()) {
         return;
     }
@@ -150,10 +163,7 @@ fn record(denied: Denied, state: &State, spool: &Spool) {
             _ => Protocol::Other,
         },
         verdict: Verdict::Denied,
-        reason: Some(format!(
-            "refused by the node's rules at {} (IP protocol {})",
-            denied.interface, denied.protocol
-        )),
+        reason: Some(why(&denied)),
         rule: None,
         name: None,
         answer_chain: vec![],
@@ -162,6 +172,30 @@ fn record(denied: Denied, state: &State, spool: &Spool) {
         assurance: None,
         count: denied.count.max(1),
     }));
+}
+
+fn why(denied: &Denied) -> String {
+    let Denied {
+        protocol,
+        interface,
+        ethertype,
+        ..
+    } = denied;
+    let frame = match ethertype {
+        0 | 0x0800 | 0x86dd => format!("IP protocol {protocol}"),
+        0x0806 => "ARP".to_owned(),
+        other => format!("no IP: EtherType {other:#06x}"),
+    };
+    match denied.cause() {
+        Cause::Refused => format!("refused by the node's rules at {interface} ({frame})"),
+        Cause::Spoofed => format!(
+            "not a frame that the pod may send: its sender, options or protocol are not the pod's; \
+             dropped at {interface} ({frame})"
+        ),
+        Cause::Uninvited => {
+            format!("uninvited, from outside the cluster; dropped at {interface} ({frame})")
+        }
+    }
 }
 
 /// None where one of them is no address.
@@ -201,6 +235,7 @@ mod tests {
             destination_port: 443,
             interface: "eniaaa".into(),
             count: 3,
+            ..Denied::default()
         });
         FeedEvent { event: Some(event) }
     }
@@ -237,6 +272,23 @@ mod tests {
         for source in [vec![10, 0, 1, 5], vec![10, 0, 1, 9], vec![1]] {
             apply(denied(source), &owner, &state, &spool);
         }
+        let told = |cause: Cause, container_id: &str, source: Vec<u8>| {
+            let mut event = denied(source);
+            if let Some(feed_event::Event::Denied(denied)) = &mut event.event {
+                denied.container_id = container_id.into();
+                denied.set_cause(cause);
+            }
+            apply(event, &owner, &state, &spool);
+        };
+        let lie = vec![0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5];
+        told(Cause::Spoofed, "c1", lie);
+        told(Cause::Uninvited, "", vec![10, 0, 1, 5]);
+        let lapse = feed_event::Event::Lapse(Lapse {
+            reason: "rules were flushed".into(),
+            packets: 0,
+        });
+        let lapse = FeedEvent { event: Some(lapse) };
+        apply(lapse, &owner, &state, &spool);
         let cancel = CancellationToken::new();
         cancel.cancel();
         writer.run(cancel).await;
@@ -260,10 +312,15 @@ mod tests {
             panic!("{events:?}")
         };
         assert_eq!(stranger.pod, None);
-        assert!(
-            events
-                .iter()
-                .any(|event| matches!(event, Event::Gap { entries: 1, .. }))
-        );
+        let [Event::Denied(spoofed), Event::Denied(uninvited)] = &events[3..5] else {
+            panic!("{events:?}")
+        };
+        assert_eq!(spoofed.pod.as_ref().unwrap().name, "pay-0", "by its veth");
+        assert_eq!(uninvited.pod, None, "in the pod's name, by somebody else");
+        let gaps = events.iter().filter_map(|event| match event {
+            Event::Gap { entries, reason } => Some((*entries, reason.contains("flushed"))),
+            _ => None,
+        });
+        assert_eq!(gaps.collect::<Vec<_>>(), [(1, true), (1, false)]);
     }
 }

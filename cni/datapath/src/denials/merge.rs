@@ -40,6 +40,7 @@ impl Merge {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Cause;
 
     fn flow(port: u16) -> Flow {
         Flow {
@@ -49,6 +50,8 @@ mod tests {
             source_port: port,
             destination_port: 53,
             index: 7,
+            ethertype: 0x0800,
+            cause: Cause::Refused,
         }
     }
 

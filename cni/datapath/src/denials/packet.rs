@@ -2,8 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::Cause;
+
 /// Bytes of a packet that the rules copy.
 pub(super) const SNAP: u32 = 96;
+
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+const ARP: u16 = 0x0806;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Flow {
@@ -14,23 +20,70 @@ pub(super) struct Flow {
     pub(super) destination_port: u16,
     /// Of the interface where it came in.
     pub(super) index: u32,
+    pub(super) ethertype: u16,
+    pub(super) cause: Cause,
 }
 
-/// None: not an IP packet, or too short to say who sent it.
-pub(super) fn read(packet: &[u8], index: u32) -> Option<Flow> {
-    match packet.first()? >> 4 {
-        4 => read_v4(packet, index),
-        6 => read_v6(packet, index),
+/// What was logged, beside the bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Logged {
+    pub(super) index: u32,
+    pub(super) ethertype: u16,
+    pub(super) cause: Cause,
+}
+
+/// As far as the bytes can be read: a frame that says nothing of sender and destination was sent all
+/// the same, and has the unspecified address for both.
+pub(super) fn read(packet: &[u8], logged: Logged) -> Flow {
+    let read = match logged.ethertype {
+        IPV4 => read_v4(packet, logged),
+        IPV6 => read_v6(packet, logged),
+        ARP => read_arp(packet, logged),
         _ => None,
+    };
+    let nobody = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    read.unwrap_or_else(|| flow(nobody, nobody, 0, (0, 0), logged))
+}
+
+fn flow(
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    (source_port, destination_port): (u16, u16),
+    logged: Logged,
+) -> Flow {
+    let Logged {
+        index,
+        ethertype,
+        cause,
+    } = logged;
+    Flow {
+        source,
+        destination,
+        protocol,
+        source_port,
+        destination_port,
+        index,
+        ethertype,
+        cause,
     }
 }
 
-fn read_v4(packet: &[u8], index: u32) -> Option<Flow> {
+/// Who says to have which IPv4 address, and whom it tells or asks.
+fn read_arp(packet: &[u8], logged: Logged) -> Option<Flow> {
+    let address = |at: usize| {
+        let bytes: &[u8; 4] = packet.get(at..)?.first_chunk()?;
+        Some(IpAddr::from(*bytes))
+    };
+    Some(flow(address(14)?, address(24)?, 0, (0, 0), logged))
+}
+
+fn read_v4(packet: &[u8], logged: Logged) -> Option<Flow> {
     let header: &[u8; 20] = packet.first_chunk()?;
     let length = usize::from(header[0] & 0x0f) * 4;
     let first_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff == 0;
     let protocol = header[9];
-    let (source_port, destination_port) = if first_fragment && length >= 20 {
+    let ports = if first_fragment && length >= 20 {
         ports(protocol, packet.get(length..).unwrap_or_default())
     } else {
         (0, 0)
@@ -39,34 +92,18 @@ fn read_v4(packet: &[u8], index: u32) -> Option<Flow> {
         let [a, b, c, d] = [header[at], header[at + 1], header[at + 2], header[at + 3]];
         IpAddr::V4(Ipv4Addr::new(a, b, c, d))
     };
-    let (source, destination) = (address(12), address(16));
-    Some(Flow {
-        source,
-        destination,
-        protocol,
-        source_port,
-        destination_port,
-        index,
-    })
+    Some(flow(address(12), address(16), protocol, ports, logged))
 }
 
-fn read_v6(packet: &[u8], index: u32) -> Option<Flow> {
+fn read_v6(packet: &[u8], logged: Logged) -> Option<Flow> {
     let header: &[u8; 40] = packet.first_chunk()?;
     let address = |at: usize| {
         let bytes: Option<&[u8; 16]> = header[at..].first_chunk();
         bytes.map(|bytes| IpAddr::V6(Ipv6Addr::from(*bytes)))
     };
-    let (source, destination) = (address(8)?, address(24)?);
     let (protocol, rest) = skip_extensions(header[6], &packet[40..]);
-    let (source_port, destination_port) = rest.map_or((0, 0), |rest| ports(protocol, rest));
-    Some(Flow {
-        source,
-        destination,
-        protocol,
-        source_port,
-        destination_port,
-        index,
-    })
+    let ports = rest.map_or((0, 0), |rest| ports(protocol, rest));
+    Some(flow(address(8)?, address(24)?, protocol, ports, logged))
 }
 
 /// The transport protocol, and its header if this packet has it.
@@ -137,8 +174,19 @@ mod tests {
         packet
     }
 
+    fn logged(ethertype: u16) -> Logged {
+        Logged {
+            index: 1,
+            ethertype,
+            cause: Cause::Spoofed,
+        }
+    }
+
     fn summary(packet: &[u8]) -> Option<(u8, u16, u16)> {
-        read(packet, 1).map(|flow| (flow.protocol, flow.source_port, flow.destination_port))
+        let ethertype = if packet[0] >> 4 == 4 { IPV4 } else { IPV6 };
+        let flow = read(packet, logged(ethertype));
+        let read = flow.source != IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        read.then_some((flow.protocol, flow.source_port, flow.destination_port))
     }
 
     #[test]
@@ -180,18 +228,36 @@ mod tests {
             v6(0, &[60, 0, 0, 0, 0, 0, 0, 0, 6, 9]),
         ] {
             for length in 0..packet.len() {
-                let _ = read(&packet[..length], 1);
+                let _ = read(&packet[..length], logged(IPV4));
+                let _ = read(&packet[..length], logged(IPV6));
             }
         }
         for _ in 0..100_000 {
             let length = fastrand::usize(..100);
-            let mut packet: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
+            let packet: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
                 .take(length)
                 .collect();
-            if let Some(first) = packet.first_mut() {
-                *first = if fastrand::bool() { 0x45 } else { 0x60 };
+            for ethertype in [IPV4, IPV6, ARP, 0] {
+                let _ = read(&packet, logged(ethertype));
             }
-            let _ = read(&packet, 1);
         }
+    }
+
+    #[test]
+    fn a_frame_that_says_nothing_was_sent_all_the_same() {
+        let flow = read(&[0; 9], logged(0x88b5));
+        assert_eq!((flow.ethertype, flow.index), (0x88b5, 1));
+        assert!(flow.source.is_unspecified() && flow.destination.is_unspecified());
+    }
+
+    #[test]
+    fn arp_names_who_is_claimed_to_be_where() {
+        let mut packet = vec![0; 28];
+        packet[14..18].copy_from_slice(&[10, 0, 1, 6]);
+        packet[24..28].copy_from_slice(&[169, 254, 1, 1]);
+        let flow = read(&packet, logged(ARP));
+        assert_eq!(flow.source, IpAddr::from([10, 0, 1, 6]));
+        assert_eq!(flow.destination, IpAddr::from([169, 254, 1, 1]));
+        assert!(read(&packet[..27], logged(ARP)).source.is_unspecified());
     }
 }

@@ -60,6 +60,7 @@ pub(crate) enum Edit {
 #[derive(Clone, Debug)]
 pub(crate) struct Ruleset {
     jobs: mpsc::Sender<Job>,
+    pub(crate) began_bare: bool,
 }
 
 #[derive(Debug)]
@@ -73,6 +74,7 @@ impl Ruleset {
     pub(crate) async fn open(base: Base) -> Result<Self, Error> {
         let writer = tokio::task::spawn_blocking(move || Writer::open(base));
         let mut writer = writer.await.map_err(|_| Error::Closed)??;
+        let began_bare = writer.shares.elements().next().is_none();
         let (jobs, mut waiting) = mpsc::channel(WAITING);
         tokio::spawn(async move {
             let mut batch: Vec<Job> = Vec::with_capacity(SHARED);
@@ -91,7 +93,7 @@ impl Ruleset {
                 }
             }
         });
-        Ok(Self { jobs })
+        Ok(Self { jobs, began_bare })
     }
 
     /// Returns when the kernel has it.
@@ -229,7 +231,7 @@ impl Writer {
                     self.shares
                         .replace(owner, elements.chain(services).collect());
                 }
-                Edit::Settle => self.shares.replace(Owner::Restored, BTreeSet::new()),
+                Edit::Settle => self.settle(),
                 Edit::Repair => whole = true,
             }
         }
@@ -257,6 +259,36 @@ impl Writer {
         self.shares
             .replace(Owner::Pod(removal.container_id.clone()), BTreeSet::new());
         self.pods.remove(&removal.container_id);
+    }
+
+    /// What nobody claimed goes, except for a pod whose link still stands: that nobody took it over
+    /// is no reason to hold it to less than before.
+    fn settle(&mut self) {
+        let Some(restored) = self.shares.get(&Owner::Restored) else {
+            return;
+        };
+        let stands = |interface: &str| if_nametoindex(interface).is_ok();
+        let mut interfaces = BTreeSet::new();
+        let mut addresses = Vec::new();
+        for element in restored {
+            match element {
+                Element::Ingress(interface) if stands(interface) => {
+                    interfaces.insert(interface.clone());
+                }
+                Element::Speaks {
+                    interface, address, ..
+                } if stands(interface) => addresses.push(*address),
+                _ => {}
+            }
+        }
+        let kept = |element: &&Element| {
+            element.concerns("", &addresses)
+                || interfaces
+                    .iter()
+                    .any(|interface| element.concerns(interface, &[]))
+        };
+        let rest = restored.iter().filter(kept).cloned().collect();
+        self.shares.replace(Owner::Restored, rest);
     }
 
     /// What was left from before is no longer nobody's.

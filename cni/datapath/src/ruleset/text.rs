@@ -52,6 +52,7 @@ impl Base {
         text.push_str("add table inet turnpike\nflush table inet turnpike\n");
         text.push_str("add table netdev turnpike\nadd chain netdev turnpike pod\n");
         text.push_str("flush chain netdev turnpike pod\n");
+        text.push_str("add chain netdev turnpike spoof\nflush chain netdev turnpike spoof\n");
         text.push_str(NODE);
         text.push_str("flush set inet turnpike enis\nflush set inet turnpike direct4\n");
         for interface in self.interfaces.iter().chain([&self.primary_interface]) {
@@ -299,7 +300,7 @@ fn family_digit(address: IpAddr) -> char {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Mac, PodPolicy, ruleset::elements::PodRules};
+    use crate::{Cause, Mac, PodPolicy, ruleset::elements::PodRules};
     use turnpike_rules::pod::InboundPort;
 
     fn base() -> Base {
@@ -393,7 +394,13 @@ mod tests {
     }
 
     #[test]
-    fn the_log_group_is_the_one_that_is_read() {
-        assert!(NODE.contains(&format!("log group {} ", marks::NFLOG_GROUP)));
+    fn the_log_is_the_one_that_is_read() {
+        let logs = NODE.matches(" log ").count();
+        let group = format!(" log group {} ", marks::NFLOG_GROUP);
+        assert_eq!(NODE.matches(&*group).count(), logs);
+        let causes = [Cause::Refused, Cause::Spoofed, Cause::Uninvited];
+        let told = causes.map(|cause| NODE.matches(&*format!("\"{}\"", cause.prefix())).count());
+        assert!(told.iter().all(|times| *times > 0), "{told:?}");
+        assert_eq!(told.iter().sum::<usize>(), logs);
     }
 }

@@ -6,7 +6,7 @@
 mod pod;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     net::IpAddr,
     sync::Arc,
 };
@@ -20,10 +20,15 @@ use turnpike_rules::pod::{Members, PodEgress};
 
 pub use self::pod::{Answer, Pod, PodLimits, PodRuntime};
 
+/// Pods that went and are still known by name.
+const DEPARTED: usize = 256;
+
 /// What is known at one moment. Never changed once published.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     pods: HashMap<IpAddr, Arc<Pod>>,
+    /// Pods that went, latest last: their last packets may be told late.
+    departed: VecDeque<Arc<Pod>>,
     /// By `namespace/name`.
     policies: HashMap<String, Arc<PodEgress>>,
     members: HashSet<IpAddr>,
@@ -70,10 +75,31 @@ impl Standing {
 impl View {
     /// Who calls from `address`, and by which policy.
     pub fn standing(&self, address: IpAddr) -> Standing {
-        let Some(pod) = self.pods.get(&address) else {
-            return Standing::Unknown;
+        match self.pods.get(&address) {
+            Some(pod) => self.standing_of(pod.clone()),
+            None => Standing::Unknown,
+        }
+    }
+
+    /// Who sent a packet that the node's rules refused: the pod of the container on whose veth it
+    /// came in, or where that is not known, the one that has or had its source address.
+    pub fn sender(&self, container_id: &str, source: IpAddr) -> Standing {
+        let departed = || self.departed.iter().rev();
+        let found = if container_id.is_empty() {
+            let had = |pod: &&Arc<Pod>| pod.addresses.contains(&source);
+            self.pods.get(&source).or_else(|| departed().find(had))
+        } else {
+            let is_its = |pod: &&Arc<Pod>| *pod.container_id == *container_id;
+            let living = self.pods.values().find(is_its);
+            living.or_else(|| departed().find(is_its))
         };
-        let pod = pod.clone();
+        match found {
+            Some(pod) => self.standing_of(pod.clone()),
+            None => Standing::Unknown,
+        }
+    }
+
+    fn standing_of(&self, pod: Arc<Pod>) -> Standing {
         let policy = self
             .policies
             .get(&format!("{}/{}", pod.namespace, pod.name));
@@ -281,17 +307,31 @@ impl Inner {
     fn remove_pod(&mut self, container_id: &str, addresses: &[IpAddr]) {
         for address in addresses {
             let owner = self.view.pods.get(address);
-            if owner.is_some_and(|pod| *pod.container_id == *container_id) {
-                self.view.pods.remove(address);
+            if owner.is_some_and(|pod| *pod.container_id == *container_id)
+                && let Some(pod) = self.view.pods.remove(address)
+            {
+                self.depart(pod);
             }
+        }
+    }
+
+    fn depart(&mut self, pod: Arc<Pod>) {
+        let departed = &mut self.view.departed;
+        if departed.back().is_none_or(|last| !Arc::ptr_eq(last, &pod)) {
+            departed.push_back(pod);
+        }
+        if departed.len() > DEPARTED {
+            departed.pop_front();
         }
     }
 
     fn feed_synced(&mut self) {
         if let Some(repeated) = self.repeated.take() {
-            self.view
-                .pods
-                .retain(|address, _| repeated.contains(address));
+            let gone = |address: &IpAddr, _: &mut Arc<Pod>| !repeated.contains(address);
+            let gone: Vec<_> = self.view.pods.extract_if(gone).collect();
+            for (_, pod) in gone {
+                self.depart(pod);
+            }
         }
         self.view.feed_synced = true;
     }
@@ -394,6 +434,47 @@ mod tests {
             state.view().standing(address).pod().map(|p| &*p.uid),
             Some("u2")
         );
+    }
+
+    #[test]
+    fn a_sender_is_known_by_its_veth_whatever_address_it_takes_and_after_its_end() {
+        let (owner, state) = Owner::new(PodLimits::default());
+        let (own, other): (IpAddr, IpAddr) =
+            ("10.0.1.5".parse().unwrap(), "10.0.1.6".parse().unwrap());
+        owner.apply(Change::PodAdded(info("u1", "c1", "10.0.1.5")));
+        owner.apply(Change::PodAdded(info("u2", "c2", "10.0.1.6")));
+        let uid = |container: &str, source: IpAddr| {
+            let standing = state.view().sender(container, source);
+            standing.pod().map(|pod| pod.uid.to_string())
+        };
+        assert_eq!(
+            uid("c1", other).as_deref(),
+            Some("u1"),
+            "it lies about its source"
+        );
+        assert_eq!(uid("", own).as_deref(), Some("u1"));
+        assert_eq!(uid("c9", own), None, "nobody that is known");
+        owner.apply(Change::PodRemoved {
+            container_id: "c1".into(),
+            addresses: vec![own],
+        });
+        assert_eq!(uid("c1", own).as_deref(), Some("u1"), "told late");
+        assert_eq!(uid("", own).as_deref(), Some("u1"), "told late, link gone");
+        assert!(matches!(state.view().standing(own), Standing::Unknown));
+        owner.apply(Change::PodAdded(info("u3", "c3", "10.0.1.5")));
+        assert_eq!(
+            uid("c1", own).as_deref(),
+            Some("u1"),
+            "not the address's next owner"
+        );
+        for n in 0..1000 {
+            owner.apply(Change::PodAdded(info("x", &format!("x{n}"), "10.0.1.9")));
+            owner.apply(Change::PodRemoved {
+                container_id: format!("x{n}"),
+                addresses: vec!["10.0.1.9".parse().unwrap()],
+            });
+        }
+        assert_eq!(state.view().departed.len(), DEPARTED);
     }
 
     #[test]
