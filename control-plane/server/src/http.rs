@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use turnpike_discovery::{Adoption, Counters, Discovery, SubscriberStatus};
@@ -38,9 +39,10 @@ pub struct Pages {
 
 type Page = Response<Full<Bytes>>;
 
-/// Serves until dropped.
+/// Serves until dropped, and its connections with it.
 pub async fn serve(listener: TcpListener, pages: Pages) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else {
             return;
@@ -48,7 +50,7 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let pages = pages.clone();
-                tokio::spawn(async move {
+                connections.spawn(async move {
                     let _permit = permit;
                     let _ = timeout(CONNECTION_LIFE, connection(stream, pages)).await;
                 });
@@ -58,6 +60,7 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
                 sleep(ACCEPT_PAUSE).await;
             }
         }
+        while connections.try_join_next().is_some() {}
     }
 }
 
@@ -200,18 +203,46 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn debug_pages_are_for_the_same_host() {
+    fn pages() -> Pages {
         let settings = Settings {
             cluster: "cluster".into(),
             trust_domain: "cluster.local".into(),
             network: "default".into(),
         };
-        let pages = Pages {
+        Pages {
             metrics: Metrics::new(),
             discovery: Discovery::new(Model::new(settings)),
             health: Arc::default(),
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_end_with_the_server() {
+        use tokio::{io::AsyncReadExt, io::AsyncWriteExt, task::yield_now};
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let pages = pages();
+        let health = pages.health.clone();
+        let server = tokio::spawn(serve(listener, pages));
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let ask = b"GET /healthz/live HTTP/1.1\r\nhost: x\r\n\r\n";
+        client.write_all(ask).await.unwrap();
+        client.read_u8().await.unwrap();
+        server.abort();
+        let _ = server.await;
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        assert_eq!(
+            Arc::strong_count(&health),
+            1,
+            "nobody serves pages any more"
+        );
+    }
+
+    #[test]
+    fn debug_pages_are_for_the_same_host() {
+        let pages = pages();
         let status = |path, near| pages.answer(&Method::GET, path, near).status();
         for path in ["/debug/rejections", "/debug/status"] {
             assert_eq!(status(path, true), StatusCode::OK);

@@ -19,9 +19,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpSocket},
     sync::{Semaphore, watch},
     task::JoinSet,
+    time::timeout,
 };
 use turnpike_certs::CredentialStore;
 
@@ -34,6 +36,9 @@ use crate::{
 const CONNECTIONS: usize = 64;
 /// For a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection is closed after this, whatever it does: one that does not read its answer would
+/// keep its place for good.
+const CONNECTION_LIFE: Duration = Duration::from_secs(60);
 /// After a failed accept (no descriptors left), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -196,7 +201,7 @@ async fn listen(listener: TcpListener, state: Arc<State>, answer: Answer) {
             Ok((stream, _)) => {
                 let state = state.clone();
                 connections.spawn(async move {
-                    serve(stream, state, answer).await;
+                    serve(stream, state, answer, CONNECTION_LIFE).await;
                     drop(permit);
                 });
             }
@@ -209,7 +214,12 @@ async fn listen(listener: TcpListener, state: Arc<State>, answer: Answer) {
     }
 }
 
-async fn serve(stream: TcpStream, state: Arc<State>, answer: Answer) {
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    state: Arc<State>,
+    answer: Answer,
+    life: Duration,
+) {
     let service = service_fn(move |request| {
         let response = answer(&state, &request);
         async move { Ok::<_, std::convert::Infallible>(response) }
@@ -220,10 +230,11 @@ async fn serve(stream: TcpStream, state: Arc<State>, answer: Answer) {
         // One request each, so that nobody keeps a place from kubelet.
         .keep_alive(false)
         .max_buf_size(16 * 1024)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
-    if let Err(error) = served {
-        tracing::debug!(%error, "connection to an admin port ended");
+        .serve_connection(TokioIo::new(stream), service);
+    match timeout(life, served).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "connection to an admin port ended"),
+        Err(_) => tracing::debug!("a client of an admin port did not read its answer"),
     }
 }
 
@@ -350,4 +361,34 @@ fn respond(
         .headers_mut()
         .insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use turnpike_rules::Identity;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_let_go() {
+        let identity = Identity::new("cluster.local", "shop", "web").unwrap();
+        let state = Arc::new(State {
+            store: Store::new("cluster", "default", "u1", identity),
+            credentials: CredentialStore::empty(),
+            telemetry: OnceLock::new(),
+            phase: watch::Sender::new(Phase::Starting),
+            set_level: Box::new(|_| Ok(())),
+        });
+        // Less than the head of an answer.
+        let (mut client, server) = tokio::io::duplex(16);
+        let life = Duration::from_millis(50);
+        let serving = tokio::spawn(serve(server, state, answer_ready, life));
+        let ask = b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n";
+        client.write_all(ask).await.unwrap();
+        let patience = Duration::from_secs(30);
+        let ended = timeout(patience, serving).await;
+        ended.expect("it holds its place for good").unwrap();
+        drop(client);
+    }
 }
