@@ -39,7 +39,7 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
     }
     evidence.figure(
         "six pods, CNI ADD to running",
-        format!("{:?}", begun.elapsed()),
+        format!("{:.2} s", begun.elapsed().as_secs_f64()),
     );
     let node = world.node("node-b")?.namespace.clone();
     let show = |what: &str| -> Result<String> {
