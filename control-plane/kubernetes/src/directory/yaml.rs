@@ -1,7 +1,14 @@
 //! YAML with its positions kept, so that an error names a line.
 
+use std::collections::HashMap;
+
 use saphyr::{LoadableYamlNode, MarkedYaml, Scalar, YamlData};
+use saphyr_parser::{Event, Parser};
 use serde_json::{Map, Value};
+
+/// How deep a document may nest; no object in Kubernetes comes near. What reads it calls itself for
+/// each level, and a stack that overflows ends the process.
+const MAX_DEPTH: usize = 100;
 
 /// One document: the value, and where its parts stand.
 #[derive(Debug)]
@@ -50,6 +57,12 @@ impl<'a> Yaml<'a> {
     pub(super) fn parse(offset: usize, text: &'a str) -> Result<Vec<Self>, Broken> {
         // What ends too early is said to be wrong behind its end.
         let last = text.lines().count().max(1);
+        if let Some(line) = too_deep(text) {
+            return Err(Broken {
+                line: offset + line,
+                problem: format!("it nests deeper than {MAX_DEPTH} levels"),
+            });
+        }
         let roots = MarkedYaml::load_from_str(text).map_err(|error| Broken {
             line: offset + error.marker().line().min(last),
             problem: format!("this is not YAML: {}", error.info()),
@@ -91,6 +104,38 @@ impl<'a> Yaml<'a> {
         }
         line + self.offset
     }
+}
+
+/// The line on which a text nests too deep, what its aliases stand for included. Events are read
+/// without recursion; where they end in an error, that is for the reader to report.
+fn too_deep(text: &str) -> Option<usize> {
+    /// A collection that is open: its anchor, and how deep what is in it nests so far.
+    type Open = (usize, usize);
+    let mut open: Vec<Open> = Vec::new();
+    let mut anchored: HashMap<usize, usize> = HashMap::new();
+    for event in Parser::new_from_str(text) {
+        let (event, span) = event.ok()?;
+        let inner = match event {
+            Event::SequenceStart(anchor, _) | Event::MappingStart(anchor, _) => {
+                open.push((anchor, 0));
+                0
+            }
+            Event::SequenceEnd | Event::MappingEnd => {
+                let (anchor, inner) = open.pop()?;
+                anchored.insert(anchor, inner + 1);
+                inner + 1
+            }
+            Event::Alias(anchor) => anchored.get(&anchor).copied().unwrap_or_default(),
+            _ => 0,
+        };
+        if open.len() + inner > MAX_DEPTH {
+            return Some(span.start.line());
+        }
+        if let Some((_, deepest)) = open.last_mut() {
+            *deepest = (*deepest).max(inner);
+        }
+    }
+    None
 }
 
 /// `spec.allow[0].hosts[1]` into its steps.
@@ -241,8 +286,22 @@ mod tests {
             text.push_str(&format!("a{i}: &a{i} [{previous}]\n"));
         }
         assert!(Yaml::parse(0, &text).is_err());
-        let deep = "[".repeat(100_000);
-        assert!(Yaml::parse(0, &deep).is_err());
+    }
+
+    #[test]
+    fn a_document_that_nests_without_end_is_refused() {
+        for step in ["[", "{a: ", "- ", "? ", "- - [", "&a [", "a: ["] {
+            let broken = Yaml::parse(0, &step.repeat(100_000)).expect_err(step);
+            assert_eq!(broken.line, 1, "{step}: {}", broken.problem);
+        }
+        let mut chain = "a0: &a0 [x]\n".to_owned();
+        for i in 1..=MAX_DEPTH {
+            chain.push_str(&format!("a{i}: &a{i} [*a{}]\n", i - 1));
+        }
+        let broken = Yaml::parse(0, &chain).expect_err("deep by its aliases alone");
+        assert_eq!(broken.line, MAX_DEPTH, "{}", broken.problem);
+        let fine = format!("{}x{}", "[".repeat(MAX_DEPTH), "]".repeat(MAX_DEPTH));
+        assert!(Yaml::parse(0, &fine).unwrap()[0].json().is_ok());
     }
 
     #[test]
