@@ -219,7 +219,7 @@ fn print(report: &Report) {
         report.unsealed()
     );
     for problem in &report.problems {
-        println!("  {problem:?}");
+        println!("  {problem}");
     }
 }
 

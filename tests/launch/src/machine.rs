@@ -36,6 +36,8 @@ pub(crate) const VERIFY: &[Need] = &[
     // containerd wants it for every pod; Debian keeps it outside the PATH.
     need("/usr/lib/cni/loopback", "containernetworking-plugins"),
     need("busybox", "busybox-static"),
+    // An auditor's tool: the documentation's commands are run.
+    need("sqlite3", "sqlite3"),
 ];
 
 pub(crate) const BENCH: &[Need] = &[

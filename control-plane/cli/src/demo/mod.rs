@@ -29,7 +29,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value = "turnpike-demo.html")]
     report: PathBuf,
     /// Prefix of the namespaces, so that several boxes can stand side by side
-    #[arg(long, default_value = "tp-demo")]
+    #[arg(long, global = true, default_value = "tp-demo")]
     name: String,
 }
 

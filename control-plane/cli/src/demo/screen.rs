@@ -147,12 +147,14 @@ pub(super) fn look_around(world: &World) {
     let policies = world.directory.path().display();
     println!(
         "
-The box is still up. Look around:
+The box is still up. Look around, with this to run a command as a pod does:
 
-  enter a pod              ip netns exec {name}-shop-client bash
-  call through the mesh    ip netns exec {name}-shop-client setpriv --reuid 1000 --clear-groups \\
-                             curl -si -H 'Host: web.shop' http://10.96.0.20/
-  try to leave             ip netns exec {name}-shop-payer curl -sk --max-time 3 https://203.0.113.66/
+  in_pod() {{ pod=$1; shift; ip netns exec {name}-$pod sh -c 'mount --bind \"$0\" /etc/resolv.conf &&
+    exec setpriv --reuid 1000 --clear-groups \"$@\"' {folder}/pods/pod-$pod/resolv.conf \"$@\"; }}
+
+  enter a pod              in_pod shop-client bash
+  call through the mesh    in_pod shop-client curl -si http://web.shop/
+  try to leave             in_pod shop-payer curl -sS --max-time 3 https://attacker.example/
   edit a policy            {policies}/egress.yaml takes effect when it is saved
   a sidecar's metrics      ip netns exec {name}-shop-client curl -s http://127.0.0.1:15020/metrics
   what left, and what not  {turnpike} egress log --store sqlite:{folder}/control/audit.db

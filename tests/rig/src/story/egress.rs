@@ -91,6 +91,13 @@ pub(super) fn tell(world: &mut World) -> Result<Evidence> {
         give_ipv6(world, index, namespace, pod)?;
     }
     attacks(world, &mut evidence)?;
+    for (namespace, pod) in SELECTED {
+        world.exec_as(
+            world.pod(namespace, pod)?,
+            0,
+            &["ip", "-6", "addr", "flush", "dev", "eth0"],
+        )?;
+    }
     record(world, &mut evidence)?;
     Ok(evidence)
 }
