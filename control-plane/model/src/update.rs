@@ -415,12 +415,12 @@ impl Model {
         }
     }
 
-    /// The pod that an entry of a slice stands for: the one it names, if it has the address, else
-    /// the one at the address. So a meshed pod is never called in plaintext.
+    /// The pod that an entry of a slice stands for: the one it names, if it still has the address,
+    /// else the one at the address. So a meshed pod is never called in plaintext.
     fn pod_behind(&self, entry: &Entry, address: &IpAddr) -> Option<&Arc<Pod>> {
         let named = entry.pod.as_ref().and_then(|key| self.pods.get(key));
         named
-            .filter(|pod| pod.addresses.contains(address))
+            .filter(|pod| !pod.finished && pod.addresses.contains(address))
             .or_else(|| self.pods.at(address))
     }
 

@@ -130,6 +130,26 @@ endpoints:
 }
 
 #[test]
+fn a_slice_that_still_names_a_finished_pod_means_whoever_has_its_address_now() {
+    let late = "
+apiVersion: v1
+kind: Pod
+metadata: {name: job, namespace: shop, uid: u8}
+spec: {containers: []}
+status: {phase: Succeeded, podIP: 10.0.0.1}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-x, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod, name: job}}]
+";
+    let expected = [entry("u1", "80-8080", true, EndpointState::Serving)];
+    assert_eq!(endpoints(&world(late)), expected, "never in plaintext");
+}
+
+#[test]
 fn a_pod_knows_what_it_serves() {
     let own = world("").self_config("u1").unwrap();
     assert_eq!(
