@@ -4,7 +4,7 @@
 //! children of [`nft`](crate::nft) is their process id. What concerns our tables and was not done by
 //! one of them, or by the kernel itself, is meddling.
 
-use std::{fmt, io};
+use std::{fmt, io, time::Duration};
 
 use netlink_sys::{
     AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols::NETLINK_NETFILTER,
@@ -16,6 +16,9 @@ const NFNLGRP_NFTABLES: u32 = 7;
 const TABLE: &[u8] = b"turnpike\0";
 /// Ten thousand members written at once are 2 MB of notifications.
 const RECEIVE_BUFFER: usize = 8 << 20;
+/// Between two messages of one deed, and for all of them, at most.
+const PAUSE: Duration = Duration::from_millis(2);
+const DEED: Duration = Duration::from_millis(20);
 /// Of a netlink message, and of netfilter's header behind it.
 const HEADER: usize = 16;
 const FAMILY_HEADER: usize = 4;
@@ -59,21 +62,35 @@ impl Watch {
         Ok(Self { socket })
     }
 
-    /// Waits for the next meddling. Safe to drop and call again.
+    /// Waits for the next meddling, and for the rest of what was told of it, since one deed is many
+    /// messages. Safe to drop and call again.
     pub async fn next(&mut self) -> Result<Meddling, Error> {
         loop {
-            match self.socket.recv_from_full().await {
-                Ok((datagram, _)) => {
-                    if let Some(process) = meddler(&datagram, nft::is_ours) {
-                        return Ok(Meddling::Changed { process });
-                    }
-                }
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    return Ok(Meddling::Unknown);
-                }
-                Err(error) => return Err(Error::kernel("watching the node's rules")(error)),
+            if let Some(seen) = self.read().await? {
+                let rest = async { while self.read_soon().await {} };
+                // Who goes on and on does not hold up the mending.
+                let _ = tokio::time::timeout(DEED, rest).await;
+                return Ok(seen);
             }
         }
+    }
+
+    async fn read(&mut self) -> Result<Option<Meddling>, Error> {
+        match self.socket.recv_from_full().await {
+            Ok((datagram, _)) => {
+                Ok(meddler(&datagram, nft::is_ours).map(|process| Meddling::Changed { process }))
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                Ok(Some(Meddling::Unknown))
+            }
+            Err(error) => Err(Error::kernel("watching the node's rules")(error)),
+        }
+    }
+
+    /// Whether something was there.
+    async fn read_soon(&mut self) -> bool {
+        let read = tokio::time::timeout(PAUSE, self.read()).await;
+        matches!(read, Ok(Ok(_)))
     }
 }
 

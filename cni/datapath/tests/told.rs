@@ -15,6 +15,7 @@ use rig::{
 use turnpike_datapath::{Cause, Denials, Denied, Mac, Watch};
 
 const ARP: u16 = 0x0806;
+const VLAN: u16 = 0x8100;
 const FOREIGN: Mac = Mac([2, 0xde, 0xad, 0, 0, 1]);
 const POD: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 6);
 
@@ -74,6 +75,12 @@ fn frames_that_are_not_the_pods_are_told() {
             ),
         ),
         ("ARP for another", own, ARP, arp),
+        (
+            "a VLAN",
+            own,
+            VLAN,
+            [&[0, 5, 8, 0], &datagram(POD)[..]].concat(),
+        ),
         ("no IP at all", own, 0x88b5, vec![0; 60]),
     ];
     for (what, from, kind, packet) in frames {
@@ -82,13 +89,15 @@ fn frames_that_are_not_the_pods_are_told() {
         let denied = world.wait(async {
             let mut denials = inside(async { Denials::open().unwrap() }).await;
             transmit(netns, "eth0", frame);
+            // The kernel has taken the VLAN's tag off by then.
+            let kind = if kind == VLAN { IPV4 } else { kind };
             told(&mut denials, |denied| denied.ethertype == kind).await
         });
         let denied = denied.unwrap_or_else(|| panic!("{what} was not told"));
         assert_eq!(denied.cause, Cause::Spoofed, "{what}");
         assert_eq!(denied.interface, applied.host_interface, "{what}");
         match kind {
-            IPV4 => assert_eq!(denied.destination, INTERNET, "{what}"),
+            IPV4 | VLAN => assert_eq!(denied.destination, INTERNET, "{what}"),
             IPV6 => assert_eq!(
                 (denied.source, denied.destination),
                 (pod6(6).into(), INTERNET6.into())

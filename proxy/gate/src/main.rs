@@ -2,12 +2,11 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use turnpike_certs::CredentialStore;
@@ -105,7 +104,7 @@ fn main() -> anyhow::Result<()> {
         .filter(|ip| usable(*ip))
         .collect();
     let sockets = listen::bind(args.door, &dns, args.http)?;
-    own(&args.spool_dir, args.uid)?;
+    privileges::give(&args.spool_dir, args.uid)?;
     privileges::drop_to(args.uid)?;
     // Threads from here on: capabilities belong to threads.
     tokio::runtime::Builder::new_multi_thread()
@@ -130,22 +129,6 @@ fn log() {
 /// A node without IPv6 has no IPv6 resolver address; that is no reason not to start.
 fn usable(ip: IpAddr) -> bool {
     ip.is_ipv4() || std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
-}
-
-/// The record's folder belongs to the user that the gate becomes.
-fn own(dir: &Path, uid: u32) -> anyhow::Result<()> {
-    std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    if nix::unistd::geteuid().is_root() {
-        let chown = |path: &Path| {
-            std::os::unix::fs::chown(path, Some(uid), Some(uid))
-                .with_context(|| format!("giving {} to user {uid}", path.display()))
-        };
-        chown(dir)?;
-        for file in std::fs::read_dir(dir)? {
-            chown(&file?.path())?;
-        }
-    }
-    Ok(())
 }
 
 async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {

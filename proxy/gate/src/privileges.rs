@@ -1,5 +1,12 @@
 //! From root with a few capabilities to an ordinary user with one.
 
+use std::{
+    fs::{self, DirBuilder, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown},
+    path::{Path, PathBuf},
+};
+
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
@@ -16,6 +23,53 @@ pub enum PrivilegeError {
     NoNetRaw,
     #[error("the gate must not run as root; give --uid")]
     Root,
+    #[error("giving {path} to user {uid}: {source}")]
+    Give {
+        path: PathBuf,
+        uid: u32,
+        source: io::Error,
+    },
+}
+
+/// Makes the record's folder, readable by nobody else, and gives it with what is in it to the user
+/// that the gate becomes. That user may have put anything there: only plain files with no other name
+/// change hands, or a link to a file of root's would be a way to have it.
+pub fn give(dir: &Path, uid: u32) -> Result<(), PrivilegeError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| PrivilegeError::Give { path, uid, source }
+    };
+    let mut make = DirBuilder::new();
+    make.recursive(true).mode(0o700);
+    make.create(dir).map_err(failed(dir))?;
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let open = |path: &Path| {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        OpenOptions::new().read(true).custom_flags(flags).open(path)
+    };
+    let folder = open(dir).map_err(failed(dir))?;
+    fchown(&folder, Some(uid), Some(uid)).map_err(failed(dir))?;
+    for entry in fs::read_dir(dir).map_err(failed(dir))? {
+        let path = entry.map_err(failed(dir))?.path();
+        let file = match open(&path) {
+            Ok(file) => file,
+            // A link, a socket.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => {
+                tracing::warn!(path = %path.display(), "left alone: it is no file");
+                continue;
+            }
+            Err(error) => return Err(failed(&path)(error)),
+        };
+        let found = file.metadata().map_err(failed(&path))?;
+        if found.is_file() && found.nlink() == 1 {
+            fchown(&file, Some(uid), Some(uid)).map_err(failed(&path))?;
+        } else if found.uid() != uid {
+            tracing::warn!(path = %path.display(), "left alone: it is no plain file of one name");
+        }
+    }
+    Ok(())
 }
 
 /// Becomes `uid` and keeps CAP_NET_RAW alone (`IP_TRANSPARENT` and `SO_MARK` need it). To be called
@@ -42,4 +96,41 @@ pub fn drop_to(uid: u32) -> Result<(), PrivilegeError> {
     caps::set(None, CapSet::Permitted, &kept)?;
     caps::clear(None, CapSet::Inheritable)?;
     nix::sys::prctl::set_no_new_privs().map_err(|source| PrivilegeError::User { uid, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_what_is_plainly_the_records_changes_hands() {
+        assert!(
+            geteuid().is_root(),
+            "this test gives files away: run it as root"
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("spool");
+        give(&dir, 1338).unwrap();
+        assert_eq!(fs::metadata(&dir).unwrap().mode() & 0o777, 0o700);
+        let roots = ["shadow", "passwd"].map(|name| folder.path().join(name));
+        for path in &roots {
+            fs::write(path, "root's").unwrap();
+        }
+        fs::write(dir.join("record.sqlite"), "").unwrap();
+        symlink(&roots[0], dir.join("soft")).unwrap();
+        fs::hard_link(&roots[1], dir.join("hard")).unwrap();
+        give(&dir, 1338).unwrap();
+        let owner = |path: &Path| fs::metadata(path).unwrap().uid();
+        assert_eq!(
+            (owner(&dir), owner(&dir.join("record.sqlite"))),
+            (1338, 1338)
+        );
+        assert_eq!(
+            roots.map(|path| owner(&path)),
+            [0, 0],
+            "root's files were given away"
+        );
+    }
 }

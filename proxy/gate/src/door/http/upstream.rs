@@ -6,7 +6,7 @@ use http::{Request, Response};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use socket2::{SockRef, Socket};
-use tokio::task::JoinHandle;
+use tokio::{net::TcpStream, task::JoinHandle};
 use turnpike_ledger::record::{Attempt, Closed, End, RuleRef};
 
 use crate::{
@@ -34,6 +34,21 @@ pub(super) struct Upstream {
     failed: Option<String>,
 }
 
+type Connection = http1::Connection<TokioIo<TcpStream>, Incoming>;
+
+async fn begin(
+    stream: TcpStream,
+) -> std::io::Result<(Socket, http1::SendRequest<Incoming>, Connection)> {
+    // Fails where no descriptor is left.
+    let socket = SockRef::from(&stream).try_clone()?;
+    let (sender, connection) = http1::Builder::new()
+        .preserve_header_case(true)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(std::io::Error::other)?;
+    Ok((socket, sender, connection))
+}
+
 impl Upstream {
     pub(super) async fn open(
         door: &Door,
@@ -52,12 +67,24 @@ impl Upstream {
         };
         door.count(&attempt);
         door.metrics.open_connections.inc();
-        let socket = SockRef::from(&stream).try_clone().map_err(DialError::Io)?;
-        let (sender, connection) = http1::Builder::new()
-            .preserve_header_case(true)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| DialError::Io(std::io::Error::other(error)))?;
+        let (socket, sender, connection) = match begin(stream).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                // It is on record as opened.
+                door.metrics.open_connections.dec();
+                let closed = Closed {
+                    connection: attempt.connection,
+                    bytes_out: 0,
+                    bytes_in: 0,
+                    duration_ms: millis(opened),
+                    end: End::Broken,
+                    reason: Some(error.to_string()),
+                    requests: 0,
+                };
+                record_closed(door, closed).await;
+                return Err(DialError::Io(error).into());
+            }
+        };
         let driver = tokio::spawn(async move {
             // What went wrong, the request that waits for an answer is told.
             let _ = connection.await;
