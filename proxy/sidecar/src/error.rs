@@ -2,13 +2,13 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use turnpike_rules::ServiceKey;
 
 use crate::{http::body::ResponseBody, observe::Flags};
 
 /// The header that tells the proxy's own answers from a server's.
-pub(crate) const ERROR_HEADER: &str = "x-turnpike-error";
+pub(crate) const ERROR_HEADER: HeaderName = HeaderName::from_static("x-turnpike-error");
 
 /// The timeout that is about nothing moving.
 pub(crate) const IDLE: &str = "idle";
@@ -190,7 +190,7 @@ impl ProxyError {
 /// An answer that a peer's proxy made before the request reached its application, so that it may
 /// be sent again. Trusted only from a peer that was authenticated.
 pub(crate) fn answered_unprocessed(headers: &HeaderMap) -> bool {
-    let code = headers.get(ERROR_HEADER).map(HeaderValue::as_bytes);
+    let code = headers.get(&ERROR_HEADER).map(HeaderValue::as_bytes);
     matches!(code, Some(b"connect" | b"unsent" | b"refused"))
 }
 

@@ -39,6 +39,11 @@ use turnpike_sidecar::{
 };
 use turnpike_wire::channel::Controller;
 
+/// A request makes some dozens of small allocations, most of which end on the thread that made
+/// them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// As injection sets it. Every flag is also an environment variable.
 #[derive(Debug, Parser)]
 #[command(name = "turnpike-proxy", version, about = "The proxy beside a pod")]

@@ -113,13 +113,29 @@ impl Pool {
         circuit: &Rc<Circuit>,
         inside: Inside,
     ) -> Result<Lease, ProxyError> {
-        if inside == Inside::Http2 {
-            return Self::lease_http2(endpoint, worker, circuit).await;
+        let pooled = match inside {
+            Inside::Http2 => endpoint.pool.take_http2(worker),
+            _ => {
+                let now = worker.now();
+                endpoint.pool.take_http1(endpoint, circuit, worker, now)
+            }
+        };
+        match pooled {
+            Some(lease) => Ok(lease),
+            // Boxed, so that requests which need no new connection do not carry the state of
+            // making one around.
+            None if inside == Inside::Http2 => {
+                Box::pin(Self::open_http2_lease(endpoint, worker, circuit)).await
+            }
+            None => Box::pin(Self::open_http1_lease(endpoint, worker, circuit)).await,
         }
-        let now = worker.now();
-        if let Some(lease) = endpoint.pool.take_http1(endpoint, circuit, worker, now) {
-            return Ok(lease);
-        }
+    }
+
+    async fn open_http1_lease(
+        endpoint: &Rc<Endpoint>,
+        worker: &Rc<Worker>,
+        circuit: &Rc<Circuit>,
+    ) -> Result<Lease, ProxyError> {
         let pending = circuit.pending()?;
         let permit = loop {
             if let Some(permit) = circuit.try_connection() {
@@ -180,14 +196,11 @@ impl Pool {
         None
     }
 
-    async fn lease_http2(
+    async fn open_http2_lease(
         endpoint: &Rc<Endpoint>,
         worker: &Rc<Worker>,
         circuit: &Rc<Circuit>,
     ) -> Result<Lease, ProxyError> {
-        if let Some(lease) = endpoint.pool.take_http2(worker) {
-            return Ok(lease);
-        }
         let _pending = circuit.pending()?;
         loop {
             let opening = endpoint.pool.open_http2(endpoint, worker, circuit);

@@ -11,7 +11,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header, request::Parts};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, request::Parts,
+};
 use http_body::Frame;
 use tokio::time::Sleep;
 use turnpike_rules::{Identity, ServiceKey, host::HostOrIp, route::Route, workload::SelfConfig};
@@ -50,6 +52,9 @@ pub(crate) struct Connection {
     pub(crate) permit: Option<Permit>,
 }
 
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
 /// A request under way.
 pub(crate) struct Exchange {
     connection: Rc<Connection>,
@@ -86,14 +91,13 @@ impl Exchange {
         now: Instant,
         parts: &mut Parts,
         checked: &Checked,
-    ) -> Self {
+    ) -> Box<Self> {
         let observer = &connection.observer;
         let span = observer.span(connection.direction, &mut parts.headers);
-        let logged = |name| {
-            let wanted = observer.logs() || span.is_some();
-            wanted.then(|| parts.headers.get(name).cloned()).flatten()
-        };
-        Self {
+        let logs = observer.logs() || span.is_some();
+        let logged = |name: HeaderName| logs.then(|| parts.headers.get(&name).cloned()).flatten();
+        // Boxed, since it goes from hand to hand.
+        Box::new(Self {
             connection: connection.clone(),
             started: now,
             method: parts.method.clone(),
@@ -101,8 +105,8 @@ impl Exchange {
             version: parts.version,
             host: logged(header::HOST),
             user_agent: logged(header::USER_AGENT),
-            request_id: logged(header::HeaderName::from_static("x-request-id")),
-            traceparent: logged(header::HeaderName::from_static("traceparent")),
+            request_id: logged(REQUEST_ID),
+            traceparent: logged(TRACEPARENT),
             grpc: checked.grpc,
             progress: connection.under_way.begin(),
             status: 0,
@@ -117,7 +121,7 @@ impl Exchange {
             series: None,
             live: None,
             span,
-        }
+        })
     }
 
     /// The proxy answers itself.
@@ -260,7 +264,7 @@ pub(crate) trait Judge {
 
 /// All that a response's end lets go of.
 pub(crate) struct Finish {
-    pub(crate) exchange: Exchange,
+    pub(crate) exchange: Box<Exchange>,
     /// The upstream connection, which a complete response makes free for the next request.
     pub(crate) lease: Option<Lease>,
     pub(crate) permit: Option<Permit>,
@@ -270,7 +274,7 @@ pub(crate) struct Finish {
 }
 
 impl Finish {
-    pub(crate) fn new(exchange: Exchange) -> Self {
+    pub(crate) fn new(exchange: Box<Exchange>) -> Self {
         Self {
             exchange,
             lease: None,
@@ -312,7 +316,7 @@ impl Finish {
         Ok(())
     }
 
-    pub(crate) fn end(mut self: Box<Self>, end: End) {
+    pub(crate) fn end(mut self, end: End) {
         let flag = match end {
             End::Complete => Flags::NONE,
             End::Client => Flags::CLIENT_GONE,

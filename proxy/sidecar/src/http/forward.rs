@@ -16,7 +16,7 @@ use super::{
 use crate::{
     circuit::Circuit,
     endpoint::Endpoint,
-    error::{Fault, IDLE, ProxyError, Retry},
+    error::{Fault, IDLE, ProxyError, Retry, answered_unprocessed},
     limits::Permit,
     mesh::ServiceView,
     observe::Flags,
@@ -105,12 +105,12 @@ pub(crate) struct Answered {
 
 impl Answered {
     /// The response as it goes on, its end reported by `exchange`.
-    pub(crate) fn into_response(self, exchange: Exchange) -> Response<ResponseBody> {
+    pub(crate) fn into_response(self, exchange: Box<Exchange>) -> Response<ResponseBody> {
         let (response, finish) = self.into_parts(exchange);
         response.map(|body| ResponseBody::stream(body).ending_in(finish))
     }
 
-    pub(crate) fn into_parts(self, exchange: Exchange) -> (Response<Incoming>, Box<Finish>) {
+    pub(crate) fn into_parts(self, exchange: Box<Exchange>) -> (Response<Incoming>, Box<Finish>) {
         let mut finish = Box::new(Finish::new(exchange));
         finish.lease = Some(self.lease);
         finish.permit = Some(self.permit);
@@ -427,6 +427,13 @@ impl<'a> Tries<'a> {
                 endpoint.health.success();
                 endpoint.load.observe(now, latency);
                 return false;
+            }
+            // Its proxy answered for an application that is not up: as if it were not reached.
+            Ok((response, _))
+                if endpoint.peer.is_some() && answered_unprocessed(response.headers()) =>
+            {
+                let cost = latency.max(self.to.policy.timeouts.connect);
+                endpoint.load.observe_failure(now, cost);
             }
             Ok(_) => endpoint.load.observe_failure(now, latency),
             Err(Failed { error, reused, .. }) => {

@@ -16,6 +16,11 @@ use crate::error::ProxyError;
 /// Headers that this proxy alone may set on what goes to an application.
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
+/// Constants: a name given as text is parsed at each look.
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
 /// What a checked request head says.
 #[derive(Debug, Default)]
 pub(crate) struct Checked {
@@ -145,7 +150,7 @@ fn take_hop(parts: &mut Parts) -> bool {
         .then(|| parts.headers.get(header::UPGRADE).cloned())
         .flatten();
     strip_hop(&mut parts.headers);
-    parts.headers.remove("http2-settings");
+    parts.headers.remove(&HTTP2_SETTINGS);
     if let Some(protocol) = kept {
         parts.headers.insert(header::UPGRADE, protocol);
         parts
@@ -191,8 +196,8 @@ pub(crate) fn strip_hop(headers: &mut HeaderMap) {
     }
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::UPGRADE);
-    headers.remove("keep-alive");
-    headers.remove("proxy-connection");
+    headers.remove(&KEEP_ALIVE);
+    headers.remove(&PROXY_CONNECTION);
     let te = headers
         .get(header::TE)
         .map(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));

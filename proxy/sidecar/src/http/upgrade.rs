@@ -39,7 +39,7 @@ impl Asked {
         self,
         worker: &Rc<Worker>,
         answered: Answered,
-        exchange: Exchange,
+        exchange: Box<Exchange>,
         http2: bool,
     ) -> Response<ResponseBody> {
         let status = answered.response.status();

@@ -101,7 +101,7 @@ impl Handler for Requests {
         };
         let response = &mut answered.response;
         // Only a proxy may say that a request was not processed.
-        response.headers_mut().remove(ERROR_HEADER);
+        response.headers_mut().remove(&ERROR_HEADER);
         exchange.responded(response.status(), response.headers());
         if let Some(asked) = asked {
             return asked.answer(worker, answered, exchange, http2);

@@ -93,7 +93,7 @@ impl Forwarded {
     fn finish(
         mut self,
         worker: &Rc<Worker>,
-        mut exchange: Exchange,
+        mut exchange: Box<Exchange>,
         http2: bool,
     ) -> Response<ResponseBody> {
         let endpoint = &self.answered.endpoint;

@@ -4,19 +4,24 @@
 //! times a second or when it has grown, so that a request costs neither a system call nor a wait.
 
 use std::{
+    borrow::Cow,
+    cell::RefCell,
     fmt,
     io::Write,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread,
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use parking_lot::{Condvar, Mutex};
 use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use turnpike_rules::ServiceKey;
 
 use super::trace::trace_ids;
 use crate::observe::{AccessRecord, Direction, HttpRecord, Refusal};
@@ -80,29 +85,30 @@ impl AccessLog {
     }
 
     pub(super) fn record(&self, record: &AccessRecord<'_>) {
-        self.append(&Line::new(record, SystemTime::now()));
+        let now = SystemTime::now();
+        self.append(|out| write_line(out, record, now));
     }
 
     pub(super) fn refused(&self, refusal: &Refusal<'_>) {
-        self.append(&RefusedLine::new(refusal, SystemTime::now()));
+        let line = RefusedLine::new(refusal, SystemTime::now());
+        self.append(|out| {
+            // A vector takes everything, and the line has nothing that is no JSON.
+            let _ = serde_json::to_writer(&mut *out, &line);
+            out.push(b'\n');
+        });
     }
 
-    fn append(&self, line: &impl Serialize) {
-        let mut bytes = Vec::with_capacity(1024);
-        if serde_json::to_writer(&mut bytes, line).is_err() {
-            // No value here can fail to be serialised; if one did, the log would say so by count.
-            self.0.dropped.fetch_add(1, Relaxed);
-            return;
-        }
-        bytes.push(b'\n');
+    fn append(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        // Written where it waits, under the lock: workers meet there for a microsecond at most.
         let mut buffer = self.0.buffer.lock();
-        if buffer.bytes.len() + bytes.len() > MAX_BUFFERED {
+        let before = buffer.bytes.len();
+        write(&mut buffer.bytes);
+        if buffer.bytes.len() > MAX_BUFFERED {
+            buffer.bytes.truncate(before);
             drop(buffer);
             self.0.dropped.fetch_add(1, Relaxed);
             return;
         }
-        let before = buffer.bytes.len();
-        buffer.bytes.extend_from_slice(&bytes);
         // The first line of a batch, and the one that fills it.
         let wake = before == 0 || (before < WRITE_AT && buffer.bytes.len() >= WRITE_AT);
         drop(buffer);
@@ -144,117 +150,186 @@ fn write(shared: &Shared, mut output: impl Write) {
 }
 
 /// One request or connection. Fields that do not apply are null, as Envoy writes them.
-#[derive(Serialize)]
+fn write_line(out: &mut Vec<u8>, record: &AccessRecord<'_>, now: SystemTime) {
+    let AccessRecord {
+        direction,
+        http,
+        flags,
+        details,
+        duration,
+        received,
+        sent,
+        downstream,
+        original,
+        upstream,
+        peer,
+        service,
+        route,
+        attempts,
+        sni,
+    } = record;
+    let http = http.as_ref();
+    let traceparent = http.and_then(|http| http.traceparent);
+    let trace = traceparent.and_then(|value| trace_ids(value.to_str().ok()?));
+    let cluster = Cluster {
+        direction: *direction,
+        service: *service,
+        port: original.port(),
+    };
+    let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let mut line = Line::begin(out);
+    line.plain("start_time", &Timestamp(now - *duration));
+    line.text("direction", Some(direction_name(*direction)));
+    line.text("method", http.map(|http| http.method.as_str()));
+    line.text("path", http.map(path));
+    line.text("protocol", http.map(|http| protocol(http.version)));
+    line.number(
+        "response_code",
+        http.map_or(0, |http| u64::from(http.status)),
+    );
+    line.plain("response_flags", flags);
+    line.text("response_code_details", *details);
+    let grpc_status = http.and_then(|http| http.grpc_status);
+    line.number_or_null("grpc_status", grpc_status.map(u64::from));
+    line.number("bytes_received", *received);
+    line.number("bytes_sent", *sent);
+    // Milliseconds.
+    line.number("duration", duration_ms);
+    line.number("attempts", u64::from(*attempts));
+    let lossy = |value: Option<_>| value.map(lossy);
+    line.text(
+        "user_agent",
+        lossy(http.and_then(|http| http.user_agent)).as_deref(),
+    );
+    line.text(
+        "request_id",
+        lossy(http.and_then(|http| http.request_id)).as_deref(),
+    );
+    line.text("trace_id", trace.map(|(trace, _)| trace));
+    line.text("span_id", trace.map(|(_, span)| span));
+    line.text("authority", http.and_then(|http| http.host));
+    line.address("upstream_host", *upstream);
+    line.shown("upstream_cluster", &cluster);
+    line.text("route_name", *route);
+    line.address("downstream_remote_address", Some(*downstream));
+    line.address("downstream_local_address", Some(*original));
+    line.text("requested_server_name", *sni);
+    match peer {
+        Some(peer) => line.shown("peer_principal", peer),
+        None => line.text("peer_principal", None),
+    }
+    line.end();
+}
+
+/// A JSON object under way. Written field by field, since every request pays for it: names are
+/// not looked at for what must be escaped, and numbers and addresses go through no formatter.
 struct Line<'a> {
-    start_time: String,
-    direction: &'static str,
-    method: Option<&'a str>,
-    path: Option<&'a str>,
-    protocol: Option<&'static str>,
-    response_code: u16,
-    #[serde(serialize_with = "shown")]
-    response_flags: crate::observe::Flags,
-    response_code_details: Option<&'a str>,
-    grpc_status: Option<u32>,
-    bytes_received: u64,
-    bytes_sent: u64,
-    /// Milliseconds.
-    duration: u64,
-    attempts: u32,
-    user_agent: Option<String>,
-    request_id: Option<String>,
-    trace_id: Option<&'a str>,
-    span_id: Option<&'a str>,
-    authority: Option<&'a str>,
-    #[serde(serialize_with = "shown_option")]
-    upstream_host: Option<std::net::SocketAddr>,
-    upstream_cluster: String,
-    route_name: Option<&'a str>,
-    #[serde(serialize_with = "shown")]
-    downstream_remote_address: std::net::SocketAddr,
-    #[serde(serialize_with = "shown")]
-    downstream_local_address: std::net::SocketAddr,
-    requested_server_name: Option<&'a str>,
-    #[serde(serialize_with = "shown_option")]
-    peer_principal: Option<&'a turnpike_rules::Identity>,
+    out: &'a mut Vec<u8>,
+    separator: u8,
 }
 
 impl<'a> Line<'a> {
-    fn new(record: &AccessRecord<'a>, now: SystemTime) -> Self {
-        let AccessRecord {
-            direction,
-            http,
-            flags,
-            details,
-            duration,
-            received,
-            sent,
-            downstream,
-            original,
-            upstream,
-            peer,
-            service,
-            route,
-            attempts,
-            sni,
-        } = record;
-        let http = http.as_ref();
-        let trace = http
-            .and_then(|http| http.traceparent)
-            .and_then(|value| value.to_str().ok());
-        let trace = trace.and_then(trace_ids);
-        let port = original.port();
-        let upstream_cluster = match (direction, service) {
-            (Direction::Inbound, _) => format!("inbound|{port}||"),
-            (Direction::Outbound, Some(service)) => {
-                format!(
-                    "outbound|{port}||{}.{}.svc.cluster.local",
-                    service.name, service.namespace
-                )
-            }
-            (Direction::Outbound, None) => "PassthroughCluster".to_owned(),
-        };
+    fn begin(out: &'a mut Vec<u8>) -> Self {
         Self {
-            start_time: timestamp(now - *duration),
-            direction: direction_name(*direction),
-            method: http.map(|http| http.method.as_str()),
-            path: http.map(path),
-            protocol: http.map(|http| protocol(http.version)),
-            response_code: http.map_or(0, |http| http.status),
-            response_flags: *flags,
-            response_code_details: *details,
-            grpc_status: http.and_then(|http| http.grpc_status),
-            bytes_received: *received,
-            bytes_sent: *sent,
-            duration: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
-            attempts: *attempts,
-            user_agent: http.and_then(|http| http.user_agent).map(lossy),
-            request_id: http.and_then(|http| http.request_id).map(lossy),
-            trace_id: trace.map(|(trace, _)| trace),
-            span_id: trace.map(|(_, span)| span),
-            authority: http.and_then(|http| http.host),
-            upstream_host: *upstream,
-            upstream_cluster,
-            route_name: *route,
-            downstream_remote_address: *downstream,
-            downstream_local_address: *original,
-            requested_server_name: *sni,
-            peer_principal: *peer,
+            out,
+            separator: b'{',
         }
     }
+
+    fn name(&mut self, name: &'static str) {
+        self.out.extend_from_slice(&[self.separator, b'"']);
+        self.separator = b',';
+        self.out.extend_from_slice(name.as_bytes());
+        self.out.extend_from_slice(b"\":");
+    }
+
+    /// From anywhere: escaped.
+    fn text(&mut self, name: &'static str, value: Option<&str>) {
+        self.name(name);
+        match value {
+            // A vector takes everything.
+            Some(value) => drop(serde_json::to_writer(&mut *self.out, value)),
+            None => self.out.extend_from_slice(b"null"),
+        }
+    }
+
+    /// Of our own making, without anything to escape.
+    fn plain(&mut self, name: &'static str, value: &impl fmt::Display) {
+        self.name(name);
+        // Writing to a vector does not fail.
+        let _ = write!(self.out, "\"{value}\"");
+    }
+
+    /// Made of names from elsewhere: escaped.
+    fn shown(&mut self, name: &'static str, value: &impl fmt::Display) {
+        self.name(name);
+        // A vector takes everything.
+        let _ = serde_json::Serializer::new(&mut *self.out).collect_str(value);
+    }
+
+    fn number(&mut self, name: &'static str, value: u64) {
+        self.name(name);
+        decimal(self.out, value);
+    }
+
+    fn number_or_null(&mut self, name: &'static str, value: Option<u64>) {
+        match value {
+            Some(value) => self.number(name, value),
+            None => self.text(name, None),
+        }
+    }
+
+    fn address(&mut self, name: &'static str, value: Option<SocketAddr>) {
+        match value {
+            Some(SocketAddr::V4(address)) => {
+                self.name(name);
+                let mut separator = b'"';
+                for octet in address.ip().octets() {
+                    self.out.push(separator);
+                    decimal(self.out, u64::from(octet));
+                    separator = b'.';
+                }
+                self.out.push(b':');
+                decimal(self.out, u64::from(address.port()));
+                self.out.push(b'"');
+            }
+            Some(address) => self.plain(name, &address),
+            None => self.text(name, None),
+        }
+    }
+
+    fn end(self) {
+        self.out.extend_from_slice(b"}\n");
+    }
+}
+
+fn decimal(out: &mut Vec<u8>, value: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    let mut rest = value;
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[at..]);
 }
 
 /// Something refused at the door.
 #[derive(Serialize)]
 struct RefusedLine<'a> {
-    start_time: String,
+    #[serde(serialize_with = "shown")]
+    start_time: Timestamp,
     direction: &'static str,
     refused: &'static str,
     response_code_details: &'a str,
     #[serde(serialize_with = "shown_option")]
-    downstream_remote_address: Option<std::net::SocketAddr>,
+    downstream_remote_address: Option<SocketAddr>,
     #[serde(serialize_with = "shown_option")]
-    downstream_local_address: Option<std::net::SocketAddr>,
+    downstream_local_address: Option<SocketAddr>,
 }
 
 impl<'a> RefusedLine<'a> {
@@ -267,7 +342,7 @@ impl<'a> RefusedLine<'a> {
             details,
         } = refusal;
         Self {
-            start_time: timestamp(now),
+            start_time: Timestamp(now),
             direction: direction_name(*direction),
             refused: reason.as_str(),
             response_code_details: details,
@@ -284,10 +359,51 @@ fn direction_name(direction: Direction) -> &'static str {
     }
 }
 
-fn timestamp(time: SystemTime) -> String {
-    let time = OffsetDateTime::from(time);
-    let time = time.replace_millisecond(time.millisecond()).unwrap_or(time);
-    time.format(&Rfc3339).unwrap_or_default()
+/// Envoy's name of where it went, as Istio makes it.
+struct Cluster<'a> {
+    direction: Direction,
+    service: Option<&'a ServiceKey>,
+    port: u16,
+}
+
+impl fmt::Display for Cluster<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let port = self.port;
+        match (self.direction, self.service) {
+            (Direction::Inbound, _) => write!(f, "inbound|{port}||"),
+            (Direction::Outbound, Some(service)) => {
+                let ServiceKey {
+                    namespace, name, ..
+                } = service;
+                write!(f, "outbound|{port}||{name}.{namespace}.svc.cluster.local")
+            }
+            (Direction::Outbound, None) => f.write_str("PassthroughCluster"),
+        }
+    }
+}
+
+/// RFC 3339 with milliseconds.
+struct Timestamp(SystemTime);
+
+thread_local! {
+    /// A second since the epoch and its text, which holds for thousands of lines.
+    static SECOND: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let since = self.0.duration_since(UNIX_EPOCH).unwrap_or_default();
+        SECOND.with_borrow_mut(|(second, text)| {
+            if *second != since.as_secs() {
+                let time = OffsetDateTime::from(UNIX_EPOCH + Duration::from_secs(since.as_secs()));
+                *text = time.format(&Rfc3339).map_err(|_| fmt::Error)?;
+                // The zone is written behind the milliseconds.
+                text.pop();
+                *second = since.as_secs();
+            }
+            write!(f, "{text}.{:03}Z", since.subsec_millis())
+        })
+    }
 }
 
 fn path<'a>(http: &HttpRecord<'a>) -> &'a str {
@@ -303,8 +419,8 @@ fn protocol(version: http::Version) -> &'static str {
     }
 }
 
-fn lossy(value: &http::HeaderValue) -> String {
-    String::from_utf8_lossy(value.as_bytes()).into_owned()
+fn lossy(value: &http::HeaderValue) -> Cow<'_, str> {
+    String::from_utf8_lossy(value.as_bytes())
 }
 
 fn shown<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
@@ -490,11 +606,7 @@ mod tests {
         let (log, written) = log(Some(gate));
         let each = {
             let mut line = Vec::new();
-            serde_json::to_writer(
-                &mut line,
-                &Line::new(&record(None, None), SystemTime::now()),
-            )
-            .unwrap();
+            write_line(&mut line, &record(None, None), SystemTime::now());
             line.len()
         };
         // Twice what the buffer and the batch in the writer's hands can take.

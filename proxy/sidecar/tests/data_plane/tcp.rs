@@ -1,11 +1,13 @@
 //! Opaque bytes: through the mesh, past it, and when the server speaks first.
 
+use std::time::Duration;
+
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use turnpike_rules::service::Protocol;
-use turnpike_sidecar::observe::RefusalReason;
+use turnpike_rules::{service::Protocol, workload::MtlsMode};
+use turnpike_sidecar::{config::Bounds, observe::RefusalReason};
 
 use crate::{
     apps::{exchange, nowhere, raw, to_end},
@@ -139,4 +141,54 @@ async fn a_loop_is_closed() {
         assert_eq!(exchange(address, b"GET / HTTP/1.1\r\n\r\n").await, "");
     }
     caller.seen.refusal(RefusalReason::Loop).await;
+}
+
+/// Accepts one connection, says so, and greets when told to.
+struct Held {
+    address: std::net::SocketAddr,
+    accepted: tokio::sync::oneshot::Receiver<()>,
+    greet: tokio::sync::oneshot::Sender<()>,
+}
+
+async fn held() -> Held {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (accept, accepted) = tokio::sync::oneshot::channel();
+    let (greet, greeted) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        accept.send(()).unwrap();
+        greeted.await.unwrap();
+        let _ = stream.write_all(b"220 hello\r\n").await;
+        let _ = stream.read(&mut [0]).await;
+    });
+    Held {
+        address,
+        accepted,
+        greet,
+    }
+}
+
+#[tokio::test]
+async fn a_policy_tightened_while_both_are_silent_holds_for_the_first_word() {
+    let app = held().await;
+    let setup = Setup {
+        bounds: brief(),
+        ..Setup::callee("web", app.address)
+    };
+    let callee = setup.start(&Trust::new());
+    let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
+    app.accepted.await.unwrap();
+    callee.set_own(|own| own.mtls = MtlsMode::Strict);
+    app.greet.send(()).unwrap();
+    assert_eq!(to_end(&mut stream).await, "");
+    callee.seen.refusal(RefusalReason::Strict).await;
+}
+
+/// Bounds that a test can wait for.
+fn brief() -> Bounds {
+    Bounds {
+        head: Duration::from_millis(500),
+        ..Bounds::default()
+    }
 }
