@@ -322,3 +322,100 @@ async fn forward(node: &Node, denials: &mut Denials) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    fn attachment() -> Attachment {
+        Attachment {
+            container_id: "c1".into(),
+            ifname: "eth0".into(),
+        }
+    }
+
+    fn pod() -> LocalPod {
+        LocalPod {
+            namespace: "shop".into(),
+            name: "cart-0".into(),
+            container_id: "c1".into(),
+            ..LocalPod::default()
+        }
+    }
+
+    fn denied(cause: Cause) -> Denied {
+        Denied {
+            time: SystemTime::now(),
+            cause,
+            ethertype: 0x0800,
+            source: [10, 0, 1, 5].into(),
+            destination: [203, 0, 113, 66].into(),
+            protocol: 17,
+            source_port: 1,
+            destination_port: 2,
+            interface: interface(&pod()),
+            count: 3,
+        }
+    }
+
+    fn containers(events: &[Event]) -> Vec<&str> {
+        let containers = events.iter().filter_map(|event| match event {
+            Event::Denied(denied) => Some(denied.container_id.as_str()),
+            _ => None,
+        });
+        containers.collect()
+    }
+
+    #[test]
+    fn what_nobody_hears_is_kept_and_beyond_it_counted() {
+        let feed = Feed::default();
+        feed.added(&attachment(), pod());
+        for _ in 0..KEPT + 10 {
+            feed.denied(denied(Cause::Refused));
+        }
+        let (_, kept, _receiver) = feed.watch();
+        assert_eq!(kept.len(), KEPT + 1);
+        assert!(
+            matches!(&kept[KEPT], Event::Lapse(Lapse { packets: 30, .. })),
+            "{:?}",
+            kept[KEPT]
+        );
+        assert!(feed.watch().1.is_empty(), "told once");
+    }
+
+    #[test]
+    fn a_packet_is_its_veths_pods_also_after_its_end_and_never_a_strangers() {
+        let feed = Feed::default();
+        feed.added(&attachment(), pod());
+        feed.denied(denied(Cause::Spoofed));
+        feed.removed(&attachment());
+        feed.denied(denied(Cause::Refused));
+        feed.denied(denied(Cause::Uninvited));
+        assert_eq!(containers(&feed.watch().1), ["c1", "c1", ""]);
+        let next = LocalPod {
+            container_id: "c2".into(),
+            ..pod()
+        };
+        feed.added(&attachment(), next);
+        feed.denied(denied(Cause::Refused));
+        assert_eq!(containers(&feed.watch().1), ["c2"]);
+    }
+
+    #[test]
+    fn interfaces_of_pods_that_are_gone_do_not_gather() {
+        let feed = Feed::default();
+        for n in 0..3 * DEPARTED {
+            let name = format!("job-{n}");
+            feed.added(&attachment(), LocalPod { name, ..pod() });
+            feed.removed(&attachment());
+        }
+        let known = feed.known.lock();
+        assert!(
+            known.interfaces.len() <= DEPARTED,
+            "{}",
+            known.interfaces.len()
+        );
+    }
+}
