@@ -4,7 +4,7 @@
 //!    same nginx; where the subject is a peer, it stands in the sidecar's place;
 //! 2. [`measure`] drives each in turn with wrk and reads the kernel's account of its CPU time;
 //! 3. [`table`] prints medians over the rounds, and ratios. CPU per request comes first: it is
-//!    steady where throughput is not.
+//!    steadier than throughput.
 
 mod measure;
 mod peers;
@@ -39,15 +39,27 @@ struct Arguments {
 const CONNECTIONS: [u32; 3] = [2, 8, 64];
 
 fn main() -> Result<()> {
-    let Arguments { proxy, envoy, seconds, rounds } = Arguments::parse();
+    let Arguments {
+        proxy,
+        envoy,
+        seconds,
+        rounds,
+    } = Arguments::parse();
     let mut stage = Stage::up(&proxy, envoy.as_deref())?;
     let mut results = Results::default();
     results.idle(&stage.subjects)?;
     for connections in CONNECTIONS {
         for round in 0..rounds {
             for subject in &stage.subjects {
-                eprintln!("{} · {connections} connections · round {}", subject.name(), round + 1);
-                let load = Load { connections, seconds };
+                eprintln!(
+                    "{} · {connections} connections · round {}",
+                    subject.name(),
+                    round + 1
+                );
+                let load = Load {
+                    connections,
+                    seconds,
+                };
                 let run = measure::run(&stage.world, subject, &load)?;
                 results.add(subject, connections, run);
             }

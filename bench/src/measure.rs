@@ -36,9 +36,16 @@ impl Run {
     }
 }
 
-/// Drives a subject for one turn, after half a second that does not count.
+/// Drives a subject for one turn, after a second that does not count.
 pub(crate) fn run(world: &World, subject: &Subject, load: &Load) -> Result<Run> {
-    drive(world, subject, &Load { seconds: 1, ..*load })?;
+    drive(
+        world,
+        subject,
+        &Load {
+            seconds: 1,
+            ..*load
+        },
+    )?;
     let before = spent(&subject.processes)?;
     let (requests, per_second) = drive(world, subject, load)?;
     let after = spent(&subject.processes)?;
@@ -54,17 +61,51 @@ pub(crate) fn run(world: &World, subject: &Subject, load: &Load) -> Result<Run> 
 fn drive(world: &World, subject: &Subject, load: &Load) -> Result<(u64, f64)> {
     let (namespace, name) = subject.client;
     let (connections, time) = (load.connections.to_string(), format!("{}s", load.seconds));
-    let line = ["wrk", "-t", "1", "-c", &connections, "-d", &time, subject.url];
+    let line = [
+        "wrk",
+        "-t",
+        "1",
+        "-c",
+        &connections,
+        "-d",
+        &time,
+        subject.url,
+    ];
     let said = world.exec(namespace, name, &line)?;
-    ensure!(said.succeeded(), "{}: wrk: {}{}", subject.name(), said.out, said.err);
-    let bad = said.out.lines().find(|line| line.contains("Non-2xx") || line.contains("Socket errors"));
-    ensure!(bad.is_none(), "{}: a run with errors measures nothing: {bad:?}", subject.name());
+    ensure!(
+        said.succeeded(),
+        "{}: wrk: {}{}",
+        subject.name(),
+        said.out,
+        said.err
+    );
+    let bad = said
+        .out
+        .lines()
+        .find(|line| line.contains("Non-2xx") || line.contains("Socket errors"));
+    ensure!(
+        bad.is_none(),
+        "{}: a run with errors measures nothing: {bad:?}",
+        subject.name()
+    );
     let number = |marker: &str, before: bool| -> Result<f64> {
-        let line = said.out.lines().find(|line| line.contains(marker)).context(said.out.clone())?;
-        let word = if before { line.split_whitespace().next() } else { line.split_whitespace().last() };
-        word.and_then(|word| word.parse().ok()).context(said.out.clone())
+        let line = said
+            .out
+            .lines()
+            .find(|line| line.contains(marker))
+            .context(said.out.clone())?;
+        let word = if before {
+            line.split_whitespace().next()
+        } else {
+            line.split_whitespace().last()
+        };
+        word.and_then(|word| word.parse().ok())
+            .context(said.out.clone())
     };
-    Ok((number(" requests in ", true)? as u64, number("Requests/sec:", false)?))
+    Ok((
+        number(" requests in ", true)? as u64,
+        number("Requests/sec:", false)?,
+    ))
 }
 
 /// User and system time of all threads, from `/proc/PID/stat` (fields 14 and 15, in ticks). Peers
@@ -75,7 +116,11 @@ fn spent(processes: &[u32]) -> Result<(Duration, Duration)> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         // The name in parentheses may hold spaces; fields are counted after it.
         let rest = stat.rsplit(')').next().unwrap_or_default();
-        let field = |index: usize| rest.split_whitespace().nth(index).and_then(|f| f.parse::<u64>().ok());
+        let field = |index: usize| {
+            rest.split_whitespace()
+                .nth(index)
+                .and_then(|f| f.parse::<u64>().ok())
+        };
         sum.0 += field(11).context("utime")?;
         sum.1 += field(12).context("stime")?;
     }
@@ -89,8 +134,15 @@ pub(crate) fn resident(processes: &[u32]) -> Result<u64> {
     let mut sum = 0;
     for pid in family(processes)? {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
-        sum += line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).context("VmRSS")?;
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .context("VmRSS")?;
+        sum += line
+            .split_whitespace()
+            .nth(1)
+            .and_then(|kib| kib.parse::<u64>().ok())
+            .context("VmRSS")?;
     }
     Ok(sum)
 }
@@ -101,7 +153,11 @@ fn family(processes: &[u32]) -> Result<Vec<u32>> {
     for pid in processes {
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
             .with_context(|| format!("process {pid} is gone"))?;
-        all.extend(children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
+        all.extend(
+            children
+                .split_whitespace()
+                .filter_map(|child| child.parse::<u32>().ok()),
+        );
     }
     Ok(all)
 }

@@ -27,7 +27,10 @@ pub(crate) fn nginx(pod: &Pod, upstream: IpAddr) -> Result<Daemon> {
         .replace("@FOLDER@", &folder.to_string_lossy())
         .replace("@UPSTREAM@", &format!("{upstream}:8080"));
     fs::write(&config, text)?;
-    let command = Command::new("nginx").arg("-c").arg(config).user(PROXY_USER, PROXY_USER);
+    let command = Command::new("nginx")
+        .arg("-c")
+        .arg(config)
+        .user(PROXY_USER, PROXY_USER);
     Daemon::start("nginx-proxy", command, &pod.namespace, &folder, false)
 }
 
@@ -38,7 +41,14 @@ pub(crate) fn envoy(program: &Path, pod: &Pod, config: &str) -> Result<Daemon> {
     let file = folder.join("envoy.yaml");
     fs::write(&file, config.replace("@FOLDER@", &folder.to_string_lossy()))?;
     let command = Command::new(program)
-        .args(["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"])
+        .args([
+            "--concurrency",
+            "1",
+            "--log-level",
+            "error",
+            "--disable-hot-restart",
+            "-c",
+        ])
         .arg(file)
         .user(PROXY_USER, PROXY_USER);
     let daemon = Daemon::start("envoy", command, &pod.namespace, &folder, false)?;
@@ -84,11 +94,17 @@ impl Certificates {
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         // A leaf by the same name as its issuer would pass for self-signed.
-        params.distinguished_name.push(DnType::CommonName, "bench root");
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "bench root");
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
         let key = KeyPair::generate()?;
         let leaf = CertificateParams::new(["peer".to_owned()])?.signed_by(&key, &issuer)?;
-        Ok(Self { root: issuer.pem(), leaf: leaf.pem(), key: key.serialize_pem() })
+        Ok(Self {
+            root: issuer.pem(),
+            leaf: leaf.pem(),
+            key: key.serialize_pem(),
+        })
     }
 
     fn fill(&self, template: &str) -> String {
@@ -102,5 +118,9 @@ impl Certificates {
 
 fn make(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
-    Ok(std::os::unix::fs::chown(folder, Some(PROXY_USER), Some(PROXY_USER))?)
+    Ok(std::os::unix::fs::chown(
+        folder,
+        Some(PROXY_USER),
+        Some(PROXY_USER),
+    )?)
 }

@@ -55,18 +55,36 @@ const THEIRS: &str = "http://10.96.1.12/";
 
 impl Stage {
     pub(crate) fn up(proxy: &Path, envoy: Option<&Path>) -> Result<Self> {
-        ensure!(proxy.is_file(), "{} is not built; `cargo bench-proxy` builds it", proxy.display());
+        ensure!(
+            proxy.is_file(),
+            "{} is not built; `cargo bench-proxy` builds it",
+            proxy.display()
+        );
         let options = Options {
             proxy: Some(proxy.canonicalize()?),
             ..Options::test("bench")
         };
         let mut world = World::up(options, &|what| eprintln!("{what}"))?;
-        world.directory.write("bench", include_str!("../cluster.yaml"))?;
+        world
+            .directory
+            .write("bench", include_str!("../cluster.yaml"))?;
         start(&mut world, server("bare", "node-a"), false)?;
         start(&mut world, server("ours", "node-a"), true)?;
-        start(&mut world, cluster::client("bench", "plain-ours", "client", "node-b"), true)?;
-        start(&mut world, cluster::client("bench", "pair-ours", "client", "node-b"), true)?;
-        let mut stage = Self { world, subjects: Vec::new(), peers: Vec::new() };
+        start(
+            &mut world,
+            cluster::client("bench", "plain-ours", "client", "node-b"),
+            true,
+        )?;
+        start(
+            &mut world,
+            cluster::client("bench", "pair-ours", "client", "node-b"),
+            true,
+        )?;
+        let mut stage = Self {
+            world,
+            subjects: Vec::new(),
+            peers: Vec::new(),
+        };
         stage.ours()?;
         stage.nginx()?;
         if let Some(envoy) = envoy {
@@ -78,7 +96,9 @@ impl Stage {
     fn ours(&mut self) -> Result<()> {
         let pid = |name: &str| -> Result<u32> {
             let sidecar = self.world.pod("bench", name)?.sidecar.as_ref();
-            sidecar.and_then(Daemon::pid).with_context(|| format!("{name} has a sidecar"))
+            sidecar
+                .and_then(Daemon::pid)
+                .with_context(|| format!("{name} has a sidecar"))
         };
         let (plain, pair, server) = (pid("plain-ours")?, pid("pair-ours")?, pid("ours")?);
         self.subjects.push(Subject {
@@ -148,7 +168,11 @@ impl Stage {
         name: &'static str,
         peer: impl FnOnce(&turnpike_rig::Pod) -> Result<Daemon>,
     ) -> Result<u32> {
-        start(&mut self.world, cluster::client("bench", name, "client", "node-b"), true)?;
+        start(
+            &mut self.world,
+            cluster::client("bench", name, "client", "node-b"),
+            true,
+        )?;
         self.replace(name, peer)
     }
 

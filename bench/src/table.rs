@@ -1,8 +1,8 @@
 //! Medians over the rounds, and our share of each peer's.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::{
@@ -25,7 +25,10 @@ pub(crate) struct Results {
 
 impl Results {
     pub(crate) fn add(&mut self, subject: &Subject, connections: u32, run: Run) {
-        self.runs.entry((subject.setting, connections, subject.proxy)).or_default().push(run);
+        self.runs
+            .entry((subject.setting, connections, subject.proxy))
+            .or_default()
+            .push(run);
     }
 
     /// Memory before any load.
@@ -39,8 +42,11 @@ impl Results {
 
     /// Memory of one of ours before and after the mesh grows by many Services that nobody calls.
     pub(crate) fn grown(&mut self, stage: &mut Stage) -> Result<()> {
-        let Some(subject) = stage.subjects.first() else { return Ok(()) };
+        let Some(subject) = stage.subjects.first() else {
+            return Ok(());
+        };
         let before = measure::resident(&subject.processes)?;
+        let client = subject.client;
         let service = |index: usize| {
             let (high, low) = (10 + index / 250, 1 + index % 250);
             format!(
@@ -50,16 +56,34 @@ impl Results {
         };
         let all: String = (0..CROWD).map(service).collect();
         stage.world.directory.write("crowd", &all)?;
-        std::thread::sleep(std::time::Duration::from_secs(10));
-        self.grown = Some((before, measure::resident(&subject.processes)?));
+        // The last one is known, though nobody serves it: so are all.
+        let (high, low) = (10 + (CROWD - 1) / 250, 1 + (CROWD - 1) % 250);
+        let url = format!("http://10.96.{high}.{low}/");
+        let line = ["curl", "-s", "--max-time", "2", &url];
+        let known = turnpike_rig::wait_for(Duration::from_secs(120), || {
+            let said = stage.world.exec(client.0, client.1, &line).ok()?;
+            said.out.contains("no endpoint of").then_some(())
+        });
+        ensure!(
+            known.is_some(),
+            "the mesh does not know {CROWD} Services after two minutes"
+        );
+        self.grown = Some((before, measure::resident(&stage.subjects[0].processes)?));
         Ok(())
     }
 
     pub(crate) fn render(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN).set_header([
-            "Setting", "Connections", "Proxy", "CPU/request µs", "user µs", "requests/s", "RSS MB",
-            "Turnpike's CPU, of its", "user CPU, of its",
+            "Setting",
+            "Connections",
+            "Proxy",
+            "CPU/request µs",
+            "user µs",
+            "requests/s",
+            "RSS MB",
+            "Turnpike's CPU, of its",
+            "user CPU, of its",
         ]);
         for (&(setting, connections, proxy), runs) in &self.runs {
             let ours = self.runs.get(&(setting, connections, Proxy::Turnpike));
@@ -90,7 +114,8 @@ impl Results {
         }
         if let Some((before, after)) = self.grown {
             let grown = (after as f64 - before as f64) / 1024.0;
-            text += &format!("Turnpike's, with {CROWD} more Services in the mesh: {grown:+.1} MB\n");
+            text +=
+                &format!("Turnpike's, with {CROWD} more Services in the mesh: {grown:+.1} MB\n");
         }
         text
     }
