@@ -19,7 +19,7 @@ use crate::{
     io::{Flight, Rewind, first_flight, prepare, speaks},
     limits::Permit,
     observe::{Direction, Refusal, RefusalReason},
-    tls::{Inside, MESH_ALPN},
+    tls::{Inside, MESH_ALPN, Upstream},
     worker::Worker,
 };
 
@@ -113,14 +113,14 @@ impl Caller {
     /// that is merely slow or far away is still told from one that waits, and its TLS is never
     /// taken for the application's bytes.
     async fn wait_for_either(self, mut stream: TcpStream) {
-        let app = match self.dial().await {
-            Ok(app) => app,
+        let (app, judged) = match self.dial().await {
+            Ok(dialled) => dialled,
             Err(why) => {
                 let _ = reset(&stream);
                 return self.refuse(why);
             }
         };
-        let crate::tls::Upstream::Plain(app) = app else {
+        let Upstream::Plain(app) = app else {
             return;
         };
         let client_speaks = tokio::select! {
@@ -134,7 +134,7 @@ impl Caller {
             let (read, flight) = self.listen(&mut stream, patience).await;
             self.decide(stream, read, flight).await;
         } else {
-            self.relay(stream, crate::tls::Upstream::Plain(app)).await;
+            self.relay(stream, Upstream::Plain(app), judged).await;
         }
     }
 

@@ -28,12 +28,12 @@ use crate::{
     endpoint::Endpoint,
     error::ProxyError,
     http::{exchange::Connection, progress::UnderWay},
-    io::Stream,
+    io::{Rewind, Stream},
     limits::Permit,
     observe::{Direction, Labels, Refusal, RefusalReason},
     shared::{Shared, SharedService},
     tcp::Carried,
-    tls::Inside,
+    tls::{Inside, Upstream},
     worker::{Accepted, Worker},
 };
 
@@ -201,23 +201,39 @@ impl Caller {
         })
     }
 
-    /// The application's end, if the caller may have it as opaque bytes.
-    async fn dial(&self) -> Result<crate::tls::Upstream, (RefusalReason, String)> {
-        self.judge_tcp(&self.worker.inbound.config())?;
+    /// The application's end, if the caller may have it as opaque bytes, and the configuration
+    /// that said so: it may be out of date by the time bytes flow.
+    async fn dial(&self) -> Result<(Upstream, Arc<SelfConfig>), (RefusalReason, String)> {
         let inbound = &self.worker.inbound;
+        let judged = inbound.config();
+        self.judge_tcp(&judged)?;
         let app = inbound.app(&self.worker, self.original);
         let dialled = app
             .dial(&self.worker, inbound.circuit.connect.get(), Inside::Tcp)
             .await;
-        dialled.map_err(|error: ProxyError| (RefusalReason::NoRoute, error.to_string()))
+        let app =
+            dialled.map_err(|error: ProxyError| (RefusalReason::NoRoute, error.to_string()))?;
+        Ok((app, judged))
     }
 
-    /// Relays opaque bytes for as long as policy allows.
-    async fn relay(self, mut client: impl Stream, mut app: crate::tls::Upstream) {
+    /// Relays opaque bytes for as long as policy allows. `judged` is the configuration that the
+    /// caller was let in under; one that has come since is asked before the first byte.
+    async fn relay(self, mut client: impl Stream, mut app: Upstream, mut judged: Arc<SelfConfig>) {
         let worker = self.worker.clone();
         let caller = Rc::new(self);
-        let mut judged = worker.inbound.config();
         let watched = caller.clone();
+        let mut still_allowed = move || {
+            let now = watched.worker.inbound.config();
+            if Arc::ptr_eq(&now, &judged) {
+                return true;
+            }
+            let verdict = watched.judge_tcp(&now);
+            judged = now;
+            verdict.map_err(|why| watched.refuse(why)).is_ok()
+        };
+        if !still_allowed() {
+            return;
+        }
         let carried = Carried {
             connection: caller.connection(),
             series: worker.shared.observer.tcp(&caller.labels(false)),
@@ -225,15 +241,7 @@ impl Caller {
             upstream: caller.original,
             service: caller.service.clone(),
             callee: None,
-            still_allowed: Some(Box::new(move || {
-                let now = watched.worker.inbound.config();
-                if Arc::ptr_eq(&now, &judged) {
-                    return true;
-                }
-                let verdict = watched.judge_tcp(&now);
-                judged = now;
-                verdict.map_err(|why| watched.refuse(why)).is_ok()
-            })),
+            still_allowed: Some(Box::new(still_allowed)),
         };
         carried.run(&worker, &mut client, &mut app).await;
     }
@@ -241,7 +249,7 @@ impl Caller {
     /// Opaque bytes to the application, after those already read.
     async fn pass(self, stream: impl Stream, read: Bytes) {
         match self.dial().await {
-            Ok(app) => self.relay(crate::io::Rewind::new(read, stream), app).await,
+            Ok((app, judged)) => self.relay(Rewind::new(read, stream), app, judged).await,
             Err(why) => self.refuse(why),
         }
     }
