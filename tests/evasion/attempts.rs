@@ -60,11 +60,7 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
         "echo x > /dev/udp/203.0.113.66/7002",
         ("udp", "203.0.113.66:7002"),
     ),
-    packet(
-        "7 ICMP payload",
-        |from| raw::echo(from),
-        ("icmp", "203.0.113.66:0"),
-    ),
+    packet("7 ICMP payload", raw::echo, ("icmp", "203.0.113.66:0")),
     packet(
         "10 fragments",
         |from| raw::fragmented(from, 7003),

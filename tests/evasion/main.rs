@@ -12,7 +12,7 @@
 mod attempts;
 mod raw;
 
-use std::{fs, net::IpAddr, time::Duration};
+use std::{fs, time::Duration};
 
 use serde_json::Value;
 use turnpike_rig::{Options, World, cluster, http, pods::Sandbox, wait_for};
