@@ -1,6 +1,6 @@
 //! The first bytes of an inbound connection: mesh TLS, the application's own TLS, or plaintext.
 
-use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
+use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{net::TcpStream, time::timeout};
@@ -112,29 +112,63 @@ impl Caller {
     /// Both are silent. The application is called, and whoever speaks first decides: a client
     /// that is merely slow or far away is still told from one that waits, and its TLS is never
     /// taken for the application's bytes.
-    async fn wait_for_either(self, mut stream: TcpStream) {
+    async fn wait_for_either(self, stream: TcpStream) {
         let (app, judged) = match self.dial().await {
             Ok(dialled) => dialled,
-            Err(why) => {
+            Err(why @ (RefusalReason::NoRoute, _)) => {
                 let _ = reset(&stream);
                 return self.refuse(why);
             }
+            Err(why) => return self.hear_out(stream, Some(why)).await,
         };
         let Upstream::Plain(app) = app else {
             return;
         };
-        let client_speaks = tokio::select! {
+        let idle = self.worker.shared.config.bounds.idle;
+        let forbidden = tokio::select! {
             biased;
-            _ = speaks(&stream) => true,
-            _ = speaks(&app) => false,
+            why = self.forbidden(&judged) => Some(why),
+            _ = speaks(&stream) => None,
+            _ = speaks(&app) => {
+                return self.relay(stream, Upstream::Plain(app), judged).await;
+            }
+            () = tokio::time::sleep(idle) => {
+                let details = "neither the client nor the application said anything";
+                return self.refuse((RefusalReason::Slow, details.into()));
+            }
         };
-        if client_speaks {
-            drop(app);
-            let patience = self.worker.shared.config.bounds.head;
-            let (read, flight) = self.listen(&mut stream, patience).await;
-            self.decide(stream, read, flight).await;
-        } else {
-            self.relay(stream, Upstream::Plain(app), judged).await;
+        drop(app);
+        self.hear_out(stream, forbidden).await;
+    }
+
+    /// Returns when opaque bytes of this caller are not allowed any more.
+    async fn forbidden(&self, judged: &Arc<SelfConfig>) -> (RefusalReason, String) {
+        let mut own = self.worker.shared.mesh.watch_self();
+        loop {
+            let now = own.borrow_and_update().clone();
+            if !Arc::ptr_eq(&now, judged)
+                && let Err(why) = self.judge_tcp(&now)
+            {
+                return why;
+            }
+            if own.changed().await.is_err() {
+                // The control side is gone: the last good state holds.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Gives the client the time for a head. Plaintext of it may have been refused already, but
+    /// what is only slow to begin may be mesh TLS, whose certificate decides.
+    async fn hear_out(self, mut stream: TcpStream, refused: Option<(RefusalReason, String)>) {
+        let patience = self.worker.shared.config.bounds.head;
+        let (read, flight) = self.listen(&mut stream, patience).await;
+        match (flight, refused) {
+            (Flight::Silent, Some(why)) => {
+                let _ = reset(&stream);
+                self.refuse(why);
+            }
+            (flight, _) => self.decide(stream, read, flight).await,
         }
     }
 

@@ -6,12 +6,16 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use turnpike_rules::{service::Protocol, workload::MtlsMode};
+use turnpike_rules::{
+    authz::{Authorization, Policy, Rule, Source, TextPattern},
+    service::Protocol,
+    workload::MtlsMode,
+};
 use turnpike_sidecar::{config::Bounds, observe::RefusalReason};
 
 use crate::{
     apps::{exchange, nowhere, raw, to_end},
-    world::{Pair, Setup, Trust, identity},
+    world::{Pair, Setup, Trust, identity, web},
 };
 
 /// Greets before anything is asked, then echoes.
@@ -145,29 +149,38 @@ async fn a_loop_is_closed() {
     caller.seen.refusal(RefusalReason::Loop).await;
 }
 
-/// Accepts one connection, says so, and greets when told to.
+/// Accepts one connection, says so, greets when told to, and says when the connection has ended.
 struct Held {
     address: std::net::SocketAddr,
     accepted: tokio::sync::oneshot::Receiver<()>,
     greet: tokio::sync::oneshot::Sender<()>,
+    ended: tokio::sync::oneshot::Receiver<()>,
 }
 
 async fn held() -> Held {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (accept, accepted) = tokio::sync::oneshot::channel();
-    let (greet, greeted) = tokio::sync::oneshot::channel();
+    let (greet, mut greeted) = tokio::sync::oneshot::channel();
+    let (end, ended) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         accept.send(()).unwrap();
-        greeted.await.unwrap();
-        let _ = stream.write_all(b"220 hello\r\n").await;
-        let _ = stream.read(&mut [0]).await;
+        let mut byte = [0];
+        tokio::select! {
+            Ok(()) = &mut greeted => {
+                let _ = stream.write_all(b"220 hello\r\n").await;
+                let _ = stream.read(&mut byte).await;
+            }
+            _ = stream.read(&mut byte) => {}
+        }
+        let _ = end.send(());
     });
     Held {
         address,
         accepted,
         greet,
+        ended,
     }
 }
 
@@ -182,7 +195,8 @@ async fn a_policy_tightened_while_both_are_silent_holds_for_the_first_word() {
     let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
     app.accepted.await.unwrap();
     callee.set_own(|own| own.mtls = MtlsMode::Strict);
-    app.greet.send(()).unwrap();
+    // Not heard where the connection has already been given up.
+    let _ = app.greet.send(());
     assert_eq!(to_end(&mut stream).await, "");
     callee.seen.refusal(RefusalReason::Strict).await;
 }
@@ -192,5 +206,90 @@ fn brief() -> Bounds {
     Bounds {
         head: Duration::from_millis(500),
         ..Bounds::default()
+    }
+}
+
+#[tokio::test]
+async fn an_application_is_let_go_when_policy_forbids_a_caller_that_has_not_spoken() {
+    let app = held().await;
+    let callee = Setup::callee("web", app.address).start(&Trust::new());
+    let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
+    app.accepted.await.unwrap();
+    callee.set_own(|own| own.mtls = MtlsMode::Strict);
+    let ended = tokio::time::timeout(Duration::from_secs(20), app.ended).await;
+    ended
+        .expect("the application's connection is ended")
+        .unwrap();
+    stream.write_all(b"EHLO x\r\n").await.unwrap();
+    assert_eq!(to_end(&mut stream).await, "");
+    callee.seen.refusal(RefusalReason::Strict).await;
+}
+
+#[tokio::test]
+async fn silence_on_both_sides_has_an_end() {
+    let app = held().await;
+    let bounds = Bounds {
+        idle: Duration::from_millis(300),
+        ..brief()
+    };
+    let setup = Setup {
+        bounds,
+        ..Setup::callee("web", app.address)
+    };
+    let callee = setup.start(&Trust::new());
+    let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
+    assert_eq!(to_end(&mut stream).await, "");
+    let ended = tokio::time::timeout(Duration::from_secs(20), app.ended).await;
+    ended
+        .expect("the application's connection is ended")
+        .unwrap();
+    callee.seen.refusal(RefusalReason::Slow).await;
+}
+
+/// Connects at once, and passes bytes on only later.
+async fn late(to: std::net::SocketAddr) -> std::net::SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut near, _) = listener.accept().await.unwrap();
+        let mut far = TcpStream::connect(to).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_mesh_peer_that_is_slow_to_begin_is_judged_by_its_certificate() {
+    let trust = Trust::new();
+    let mut setup = Setup::callee("web", server_first().await);
+    setup.own.authorization = allow(Source {
+        principals: vec![TextPattern::Exact("cluster.local/ns/shop/sa/caller".into())],
+        ..Source::default()
+    });
+    setup.bounds = brief();
+    setup.bounds.head = Duration::from_secs(5);
+    let callee = setup.start(&trust);
+    let caller = Setup::caller().start(&trust);
+    let between = late(callee.inbound()).await;
+    caller.known.set_service(web(&[(between, Some("web"))]));
+    converse(caller.outbound()).await;
+    // Nobody in particular is still refused.
+    assert_eq!(exchange(callee.inbound(), b"EHLO x\r\n").await, "");
+    callee.seen.refusal(RefusalReason::Authorization).await;
+}
+
+fn allow(from: Source) -> Authorization {
+    let rule = Rule {
+        from: vec![from],
+        to: Vec::new(),
+    };
+    let policy = Policy {
+        name: "shop/callers".into(),
+        rules: vec![rule],
+    };
+    Authorization {
+        deny: Vec::new(),
+        allow: vec![policy],
     }
 }
