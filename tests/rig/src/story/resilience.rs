@@ -93,9 +93,9 @@ fn ejection(world: &World, evidence: &mut Evidence) -> Result<()> {
         format!("{to_bad} of the next {REQUESTS} requests ended there"),
     );
     let metrics = client.metrics()?;
-    let line = metrics
-        .lines()
-        .find(|line| line.contains("eject") && !line.starts_with('#'));
+    let line = metrics.lines().find(|line| {
+        line.starts_with("turnpike_outlier_ejections_total{") && !line.ends_with(" 0")
+    });
     evidence.claim(
         "and counted",
         line.is_some(),
