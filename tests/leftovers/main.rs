@@ -9,10 +9,18 @@ use std::{
     collections::BTreeSet,
     fs,
     process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use turnpike_rig::{Options, World, cluster, story::STEPS, world::program};
+
+/// What one of these tests leaves for a moment, another would find; and a demo waits for the world
+/// of another.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Everything of this machine that a world might leave behind.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,6 +69,7 @@ fn traces(name: &str) -> Traces {
 
 #[test]
 fn a_world_taken_down_leaves_nothing() {
+    let _alone = alone();
     let name = "tpt-gone";
     World::clean(name).unwrap();
     let before = traces(name);
@@ -81,6 +90,7 @@ fn a_world_taken_down_leaves_nothing() {
 /// The demo is killed while it brings its second node up; whatever stands by then is left.
 #[test]
 fn the_next_run_removes_what_a_killed_one_left() {
+    let _alone = alone();
     let name = "tpt-killed";
     World::clean(name).unwrap();
     let before = traces(name);
@@ -109,6 +119,7 @@ fn the_next_run_removes_what_a_killed_one_left() {
 /// Step 8 of the demo: the report, and the exit status.
 #[test]
 fn the_demo_reports_and_leaves_nothing() {
+    let _alone = alone();
     let name = "tpt-demo";
     World::clean(name).unwrap();
     let before = traces(name);

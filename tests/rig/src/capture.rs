@@ -1,11 +1,26 @@
 //! What the wire carried: tcpdump at the fabric's router, and a search in what it wrote.
+//!
+//! Text is looked for in the frames as they passed and in what each TCP connection said: a
+//! ClientHello with a post-quantum key share is longer than a frame, and its extensions come in any
+//! order, so that a name in it may lie across two.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
-use turnpike_vpc::netns::Command;
+use anyhow::{Context as _, Result, bail};
+use etherparse::{NetSlice, SlicedPacket, TcpSlice, TransportSlice};
+use pcap_parser::{LegacyPcapReader, PcapBlockOwned, PcapError, traits::PcapReaderIterator as _};
+use turnpike_vpc::netns::{Command, Namespace};
 
 use crate::{daemon::Daemon, wait_for, world::World};
+
+/// Longer than any frame of the fabric with its headers.
+const BUFFER: usize = 256 << 10;
 
 /// A capture in progress.
 #[derive(Debug)]
@@ -14,15 +29,34 @@ pub struct Capture {
     file: PathBuf,
 }
 
-/// Bytes of a finished capture, headers and payloads alike.
+/// A finished capture.
+#[derive(Clone, Debug, Default)]
+pub struct Wire {
+    /// Every frame, headers and payload alike.
+    frames: Vec<Vec<u8>>,
+    /// What each direction of each connection said, without its headers.
+    streams: BTreeMap<Direction, Vec<Stream>>,
+}
+
+/// Source and destination.
+type Direction = (SocketAddr, SocketAddr);
+
+/// One direction of one connection: payloads by their distance from its first sequence number.
 #[derive(Clone, Debug)]
-pub struct Wire(Vec<u8>);
+struct Stream {
+    first: u32,
+    payloads: BTreeMap<u32, Vec<u8>>,
+}
 
 impl Capture {
     /// Captures every packet that crosses the router, in and out.
     pub fn start(world: &World) -> Result<Self> {
-        let router = world.namespace("router")?;
-        let folder = world.folder.join("capture");
+        Self::begin(&world.namespace("router")?, &world.folder)
+    }
+
+    /// Captures in any namespace; `folder` is the world's.
+    pub fn begin(namespace: &Namespace, folder: &Path) -> Result<Self> {
+        let folder = folder.join("capture");
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder)?;
         let file = folder.join("wire.pcap");
@@ -35,12 +69,14 @@ impl Capture {
                 "0",
                 "-i",
                 "any",
+                "-y",
+                "LINUX_SLL",
                 "-Z",
                 "root",
                 "-w",
             ])
             .arg(&file);
-        let tcpdump = Daemon::start("tcpdump", command, &router, &folder, false)?;
+        let tcpdump = Daemon::start("tcpdump", command, namespace, &folder, false)?;
         wait_for(Duration::from_secs(10), || {
             tcpdump.log().contains("listening").then_some(())
         })
@@ -54,22 +90,183 @@ impl Capture {
         // What was sent last may still be on its way through the capture buffer.
         std::thread::sleep(Duration::from_millis(300));
         self.tcpdump.stop(Duration::from_secs(5))?;
-        Ok(Wire(std::fs::read(&self.file)?))
+        Wire::read(&self.file)
     }
 }
 
 impl Wire {
+    fn read(file: &Path) -> Result<Self> {
+        let opened = File::open(file).with_context(|| format!("opening {}", file.display()))?;
+        let mut reader = LegacyPcapReader::new(BUFFER, opened)
+            .map_err(|error| anyhow::anyhow!("{} is no capture: {error:?}", file.display()))?;
+        let mut wire = Self::default();
+        loop {
+            match reader.next() {
+                Ok((length, block)) => {
+                    if let PcapBlockOwned::Legacy(frame) = block {
+                        wire.take(frame.data);
+                    }
+                    reader.consume(length);
+                }
+                Err(PcapError::Eof) => return Ok(wire),
+                Err(PcapError::Incomplete(_)) => {
+                    if let Err(error) = reader.refill() {
+                        bail!("{}: {error:?}", file.display());
+                    }
+                }
+                Err(error) => bail!("{}: {error:?}", file.display()),
+            }
+        }
+    }
+
+    fn take(&mut self, frame: &[u8]) {
+        self.frames.push(frame.to_vec());
+        let Ok(packet) = SlicedPacket::from_linux_sll(frame) else {
+            return;
+        };
+        let (source, destination): (IpAddr, IpAddr) = match &packet.net {
+            Some(NetSlice::Ipv4(ip)) => (
+                ip.header().source_addr().into(),
+                ip.header().destination_addr().into(),
+            ),
+            Some(NetSlice::Ipv6(ip)) => (
+                ip.header().source_addr().into(),
+                ip.header().destination_addr().into(),
+            ),
+            _ => return,
+        };
+        if let Some(TransportSlice::Tcp(tcp)) = &packet.transport {
+            let direction = (
+                SocketAddr::new(source, tcp.source_port()),
+                SocketAddr::new(destination, tcp.destination_port()),
+            );
+            Stream::take(self.streams.entry(direction).or_default(), tcp);
+        }
+    }
+
+    /// Bytes captured; each frame twice, as it came into the router and as it left.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.frames.iter().map(Vec::len).sum()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.frames.is_empty()
     }
 
     pub fn carried(&self, text: &str) -> bool {
-        self.0
-            .windows(text.len())
-            .any(|window| window == text.as_bytes())
+        let said = self.streams.values().flatten().flat_map(Stream::said);
+        let mut all = self.frames.iter().cloned().chain(said);
+        all.any(|bytes| {
+            bytes
+                .windows(text.len())
+                .any(|window| window == text.as_bytes())
+        })
+    }
+}
+
+impl Stream {
+    /// A SYN with another number than the last begins another connection of the same ports.
+    fn take(streams: &mut Vec<Self>, tcp: &TcpSlice<'_>) {
+        let sequence = tcp.sequence_number();
+        let begins = |stream: &Self| !tcp.syn() || stream.first == sequence;
+        if !streams.last().is_some_and(begins) {
+            streams.push(Self {
+                first: sequence,
+                payloads: BTreeMap::new(),
+            });
+        }
+        let Some(stream) = streams.last_mut() else {
+            return;
+        };
+        let place = sequence.wrapping_sub(stream.first);
+        let known = stream.payloads.entry(place).or_default();
+        if known.len() < tcp.payload().len() {
+            *known = tcp.payload().to_vec();
+        }
+    }
+
+    /// What was said without a gap, in as many pieces as there are gaps.
+    fn said(&self) -> Vec<Vec<u8>> {
+        let mut pieces: Vec<Vec<u8>> = Vec::new();
+        let mut next = 0_u64;
+        for (place, payload) in &self.payloads {
+            let place = u64::from(*place);
+            let end = place + payload.len() as u64;
+            match pieces.last_mut() {
+                // A SYN takes a number and carries nothing.
+                Some(piece) if place <= next.max(1) => {
+                    let known = usize::try_from(next.saturating_sub(place)).unwrap_or(usize::MAX);
+                    piece.extend(payload.get(known..).unwrap_or_default());
+                }
+                _ => pieces.push(payload.clone()),
+            }
+            next = next.max(end);
+        }
+        pieces
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::PacketBuilder;
+
+    use super::*;
+
+    /// A segment from 10.0.0.1:1000 to 10.0.0.2:80 as the router's capture holds it.
+    fn segment(sequence: u32, syn: bool, payload: &str) -> Vec<u8> {
+        use etherparse::LinuxSllPacketType;
+        let builder = PacketBuilder::linux_sll(LinuxSllPacketType::OTHERHOST, 6, [0; 8]).ipv4(
+            [10, 0, 0, 1],
+            [10, 0, 0, 2],
+            64,
+        );
+        let mut tcp = builder.tcp(1000, 80, sequence, 1024);
+        if syn {
+            tcp = tcp.syn();
+        }
+        let mut frame = Vec::new();
+        tcp.write(&mut frame, payload.as_bytes()).unwrap();
+        frame
+    }
+
+    fn wire(segments: &[(u32, bool, &str)]) -> Wire {
+        let mut wire = Wire::default();
+        for (sequence, syn, payload) in segments {
+            wire.take(&segment(*sequence, *syn, payload));
+        }
+        wire
+    }
+
+    #[test]
+    fn a_text_across_frames_is_found_in_any_order() {
+        let near_the_end = u32::MAX - 2;
+        for order in [[0, 1, 2, 2], [0, 2, 1, 1], [0, 1, 1, 2]] {
+            let all = [
+                (near_the_end, true, ""),
+                (near_the_end.wrapping_add(1), false, "p80.we"),
+                (near_the_end.wrapping_add(7), false, "b.shop"),
+            ];
+            let wire = wire(&order.map(|index: usize| all[index]));
+            assert!(wire.carried("p80.web.shop"), "{order:?}");
+            assert!(!wire.carried("p80.web.shops"));
+        }
+    }
+
+    #[test]
+    fn overlaps_count_once_and_gaps_join_nothing() {
+        assert!(wire(&[(9, true, ""), (10, false, "abcd"), (12, false, "cdef")]).carried("abcdef"));
+        assert!(!wire(&[(9, true, ""), (10, false, "ab"), (13, false, "cd")]).carried("abcd"));
+    }
+
+    #[test]
+    fn ports_used_again_are_another_connection() {
+        let wire = wire(&[
+            (9, true, ""),
+            (10, false, "first"),
+            (500, true, ""),
+            (501, false, "second"),
+        ]);
+        assert!(wire.carried("first") && wire.carried("second"));
+        assert!(!wire.carried("firstsecond"));
     }
 }

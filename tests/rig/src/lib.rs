@@ -19,6 +19,7 @@ pub mod pods;
 pub mod story;
 pub mod tokens;
 pub mod traffic;
+pub mod vpc;
 pub mod world;
 
 use std::{

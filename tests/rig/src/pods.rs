@@ -28,6 +28,9 @@ use crate::{
 };
 
 const SIDECAR: &str = "turnpike-proxy";
+/// Where the sidecar's image has it. It was built where its user need not be able to look, or where
+/// the pod has a folder of its own.
+const SIDECAR_PROGRAM: &str = "/run/image/turnpike-proxy";
 const SIDECAR_READY_PORT: u16 = 15021;
 /// The user that workloads run as: anyone but root and the proxy.
 pub const APP_USER: u32 = 1000;
@@ -227,8 +230,15 @@ impl World {
             apps: Vec::new(),
             folder,
         };
-        self.start_containers(&mut pod, files)?;
-        self.report(&mut pod, true)?;
+        let started = self
+            .start_containers(&mut pod, files)
+            .and_then(|()| self.report(&mut pod, true));
+        if let Err(error) = started {
+            self.pods.insert(key.clone(), pod);
+            // Why it did not start matters more than how it ended.
+            let _ = self.delete_pod(&key.0, &key.1);
+            return Err(error);
+        }
         Ok(self.pods.entry(key).insert_entry(pod).into_mut())
     }
 
@@ -266,10 +276,7 @@ impl World {
             .and_then(|user| u32::try_from(user).ok())
             .unwrap_or(APP_USER);
         let mut command = if container.name == SIDECAR {
-            match &self.options.proxy {
-                Some(build) => Command::new(build),
-                None => Command::new(program("turnpike-proxy")?),
-            }
+            Command::new(SIDECAR_PROGRAM)
         } else {
             let line = container.command.clone().unwrap_or_default();
             let (first, rest) = line
@@ -302,6 +309,13 @@ impl World {
             } else {
                 command.bind(source, target)
             };
+        }
+        if container.name == SIDECAR {
+            let build = match &self.options.proxy {
+                Some(build) => build.clone(),
+                None => program("turnpike-proxy")?,
+            };
+            command = command.bind_read_only(build, SIDECAR_PROGRAM);
         }
         let name = format!("{}/{}", file(&key_of(pod)), container.name);
         let command = command.user(user, user);

@@ -5,13 +5,12 @@ use std::{
     env, fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use turnpike_vpc::{
     fabric::isolation,
     netns::{Command, Namespace},
@@ -25,10 +24,17 @@ use crate::{
     otlp::Sink,
     pods::Pod,
     tokens::{AUDIENCE, ISSUER, Issuer, Subject},
+    vpc::{self, Vpc},
 };
 
 /// Where worlds keep their files while they stand.
 const ROOT: &str = "/run/turnpike-box";
+
+/// Where a world of this name keeps its files.
+pub fn folder_of(name: &str) -> PathBuf {
+    Path::new(ROOT).join(name)
+}
+
 /// Fixed address of the instance that runs the control plane.
 pub const CONTROL: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 10));
 const CONTROLLER_PORT: u16 = 15012;
@@ -103,9 +109,33 @@ pub struct World {
     /// What the VPC says of itself.
     pub ready: Ready,
     names: Names,
-    vpc: Child,
+    vpc: Vpc,
     runtime: tokio::runtime::Runtime,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
+}
+
+/// One world at a time: in this process, and among all processes of the machine.
+#[derive(Debug)]
+pub struct Turn {
+    _process: MutexGuard<'static, ()>,
+    /// Let go with the file, also by a crash.
+    _machine: fs::File,
+}
+
+impl Turn {
+    pub fn wait(progress: &dyn Fn(&str)) -> Result<Self> {
+        let process = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        fs::create_dir_all(ROOT)?;
+        let machine = fs::File::open(ROOT)?;
+        if let Err(fs::TryLockError::WouldBlock) = machine.try_lock() {
+            progress("waiting: another world is being shown or tested on this machine");
+            machine.lock()?;
+        }
+        Ok(Self {
+            _process: process,
+            _machine: machine,
+        })
+    }
 }
 
 impl World {
@@ -115,9 +145,9 @@ impl World {
             nix::unistd::geteuid().is_root(),
             "the VPC in a box makes network namespaces and needs root"
         );
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = Turn::wait(progress)?;
         Self::clean(&options.name)?;
-        let folder = Path::new(ROOT).join(&options.name);
+        let folder = folder_of(&options.name);
         fs::create_dir_all(&folder)?;
         let undo = Undo(Some(options.name.clone()));
         let world = Self::build(options, folder, turn, progress)?;
@@ -128,11 +158,12 @@ impl World {
     fn build(
         options: Options,
         folder: PathBuf,
-        turn: MutexGuard<'static, ()>,
+        turn: Turn,
         progress: &dyn Fn(&str),
     ) -> Result<Self> {
         progress("VPC: router, subnets, NAT gateway, internet, two nodes");
-        let (vpc, ready) = start_vpc(&options, &folder)?;
+        let vpc = Vpc::start(&options.name, &folder)?;
+        let ready = vpc.ready.clone();
         let control = Namespace::open(&format!("{}-control", options.name))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -192,17 +223,9 @@ impl World {
 
     /// Removes whatever a world of this name left, in whatever state.
     pub fn clean(name: &str) -> Result<()> {
-        let folder = Path::new(ROOT).join(name);
+        let folder = folder_of(name);
         daemon::kill_recorded(&folder);
-        let down = std::process::Command::new(program("turnpike-vpc")?)
-            .args(["down", "--name", name])
-            .stdin(Stdio::null())
-            .output()?;
-        let said = String::from_utf8_lossy(&down.stderr);
-        ensure!(
-            down.status.success(),
-            "`turnpike-vpc down --name {name}`: {said}"
-        );
+        vpc::down(name)?;
         unmount_below(&folder);
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -289,11 +312,7 @@ impl World {
         }
         self.audit.stop(Duration::from_secs(3))?;
         self.controller.stop(Duration::from_secs(3))?;
-        let _ = nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(self.vpc.id() as i32),
-            nix::sys::signal::Signal::SIGTERM,
-        );
-        self.vpc.wait()?;
+        self.vpc.stop()?;
         Self::clean(&self.options.name)
     }
 }
@@ -485,38 +504,8 @@ impl Drop for Undo {
     }
 }
 
-fn start_vpc(options: &Options, folder: &Path) -> Result<(Child, Ready)> {
-    let state = folder.join("vpc");
-    fs::create_dir_all(&state)?;
-    let log = fs::File::create(folder.join("vpc.log"))?;
-    let mut child = std::process::Command::new(program("turnpike-vpc")?)
-        .args(["run", "--name", &options.name, "--state"])
-        .arg(&state)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()?;
-    if let Some(process) = turnpike_vpc::netns::Process::with_pid(child.id() as i32) {
-        fs::write(folder.join("vpc.process"), serde_json::to_vec(&process)?)?;
-    }
-    let deadline = Instant::now() + READY;
-    while !state.join("ready").exists() {
-        let ended = child.try_wait()?;
-        if ended.is_some() || Instant::now() > deadline {
-            let log = fs::read_to_string(folder.join("vpc.log")).unwrap_or_default();
-            let _ = child.kill();
-            bail!(
-                "the VPC did not come up ({ended:?}); its log:\n{}",
-                daemon::tail(&log)
-            );
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-    let ready = serde_json::from_slice(&fs::read(state.join("ready"))?)?;
-    Ok((child, ready))
-}
-
-fn own_sink(control: &Namespace, runtime: &tokio::runtime::Runtime) -> Result<Sink> {
+/// A collector of our own on the control instance.
+pub fn own_sink(control: &Namespace, runtime: &tokio::runtime::Runtime) -> Result<Sink> {
     let listener = control.run(|| TcpListener::bind(at(CONTROL, OTLP_PORT)))??;
     let _entered = runtime.enter();
     Sink::serve(listener)
