@@ -11,6 +11,8 @@ use ipnet::Ipv4Net;
 use turnpike_ipam::Targets;
 use turnpike_wire::channel::Controller;
 
+use crate::install::Folders;
+
 /// The node daemon of Turnpike: gives every pod of this node a VPC address, and its policy.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "turnpike-node", version)]
@@ -57,6 +59,15 @@ pub struct Args {
         default_value = "/var/lib/turnpike/node"
     )]
     pub state_dir: PathBuf,
+    /// Where the container runtime finds CNI executables; unset: none is installed.
+    #[arg(long, env = "TURNPIKE_CNI_BIN_DIR", requires = "cni_conf_dir")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// Where the container runtime finds CNI configurations.
+    #[arg(long, env = "TURNPIKE_CNI_CONF_DIR", requires = "cni_bin_dir")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The kernel's network settings; elsewhere in a container, whose own are read-only.
+    #[arg(long, env = "TURNPIKE_SYSCTL_DIR", default_value = "/proc/sys/net")]
+    pub sysctl_dir: PathBuf,
     /// Metrics; the next port serves introspection.
     #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:61678")]
     pub http: SocketAddr,
@@ -150,6 +161,8 @@ pub struct Settings {
     pub cni_socket: PathBuf,
     pub feed_socket: PathBuf,
     pub state_dir: PathBuf,
+    pub install: Option<Folders>,
+    pub sysctl_dir: PathBuf,
     pub metrics: SocketAddr,
     pub introspection: SocketAddr,
     pub gate_uid: u32,
@@ -183,6 +196,9 @@ impl TryFrom<Args> for Settings {
             cni_socket,
             feed_socket,
             state_dir,
+            cni_bin_dir,
+            cni_conf_dir,
+            sysctl_dir,
             http,
             gate_uid,
             exempt_namespaces,
@@ -208,6 +224,15 @@ impl TryFrom<Args> for Settings {
                 "has no next port for introspection",
             ));
         };
+        if controller.contains("$(") {
+            // Kubelet starts the container again, and knows the Service then.
+            return Err(invalid(
+                "TURNPIKE_CONTROLLER",
+                controller,
+                "was not filled in by kubelet: the Service turnpike-controller did not exist when \
+                 this container was started",
+            ));
+        }
         let cooldown = cooldown(ip_cooldown_period)?;
         let eni_mtu = mtu("AWS_VPC_ENI_MTU", eni_mtu)?;
         let pod_mtu = if pod_mtu == 0 {
@@ -228,6 +253,10 @@ impl TryFrom<Args> for Settings {
             cni_socket,
             feed_socket,
             state_dir,
+            install: cni_bin_dir
+                .zip(cni_conf_dir)
+                .map(|(bin, conf)| Folders { bin, conf }),
+            sysctl_dir,
             metrics: http,
             introspection: SocketAddr::new(loopback(http.ip()), next_port),
             gate_uid,
@@ -344,16 +373,16 @@ mod tests {
     use super::*;
 
     fn parse(extra: &[&str]) -> Result<Settings, InvalidSetting> {
-        let base = [
-            "x",
-            "--node-name=n",
-            "--controller=c:1",
-            "--token-file=t",
-            "--root-file=r",
-        ];
-        Args::try_parse_from(base.iter().chain(extra))
-            .unwrap()
-            .try_into()
+        let base = ["x", "--node-name=n", "--token-file=t", "--root-file=r"];
+        let given = extra.iter().any(|flag| flag.starts_with("--controller="));
+        let controller = (!given).then_some("--controller=c:1");
+        Args::try_parse_from(
+            base.into_iter()
+                .chain(controller)
+                .chain(extra.iter().copied()),
+        )
+        .unwrap()
+        .try_into()
     }
 
     #[test]
@@ -377,6 +406,10 @@ mod tests {
             ),
             ("--additional-eni-tags=[]", "ADDITIONAL_ENI_TAGS"),
             ("--ip-cooldown-period=100000", "IP_COOLDOWN_PERIOD"),
+            (
+                "--controller=$(TURNPIKE_CONTROLLER_SERVICE_HOST):15012",
+                "TURNPIKE_CONTROLLER",
+            ),
         ] {
             assert_eq!(parse(&[flag]).unwrap_err().variable, variable);
         }

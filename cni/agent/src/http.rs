@@ -82,14 +82,17 @@ fn answer(node: &Node, request: &Request<Incoming>, show: Show) -> Response<Full
                 Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
             }
         }
-        (Show::Metrics, "/healthz/ready") if node.is_warm() => text(StatusCode::OK, "ok\n".into()),
-        (Show::Metrics, "/healthz/ready") => text(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "no interface of EC2 is known yet\n".into(),
-        ),
+        (Show::Metrics, "/healthz/live") => text(StatusCode::OK, "ok\n".into()),
+        (Show::Metrics, "/healthz/ready") => match node.unready() {
+            None => text(StatusCode::OK, "ok\n".into()),
+            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        },
         (Show::Introspection, "/v1/enis") => json_of(&enis(node)),
         (Show::Introspection, "/v1/pods") => json_of(&pods(node)),
-        (Show::Metrics, _) => text(StatusCode::NOT_FOUND, "/metrics, /healthz/ready\n".into()),
+        (Show::Metrics, _) => text(
+            StatusCode::NOT_FOUND,
+            "/metrics, /healthz/live, /healthz/ready\n".into(),
+        ),
         (Show::Introspection, _) => text(StatusCode::NOT_FOUND, "/v1/enis, /v1/pods\n".into()),
     }
 }

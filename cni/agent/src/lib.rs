@@ -10,7 +10,8 @@
 //! 4. [`policy`] keeps what the control plane says of this node's pods, on disk too, and [`apply`]
 //!    carries it to pods that run;
 //! 5. [`feed`] tells the gate who has which address here, and what the kernel denied;
-//! 6. [`http`] shows metrics and the pool.
+//! 6. [`install`] puts the CNI executable and its configuration where the runtime looks for them;
+//! 7. [`http`] shows metrics and the pool.
 //!
 //! No call to EC2 or to Kubernetes is on the way of an ADD.
 
@@ -24,6 +25,7 @@ pub mod flight;
 pub mod guard;
 pub mod http;
 pub mod identity;
+pub mod install;
 pub mod metrics;
 pub mod node;
 pub mod note;

@@ -3,13 +3,10 @@
 use std::{
     net::IpAddr,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU32},
 };
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use turnpike_datapath::{Datapath, Found, PodKey, PodPlan};
 use turnpike_ipam::{Attachment, Eni, Holder, Lease, Live, Moment, PodRef, Store};
@@ -21,6 +18,7 @@ use crate::{
     feed::Feed,
     flight::Flights,
     identity::Identity,
+    install::Standing,
     metrics::Metrics,
     note::{Enforced, Note},
     policy::Policy,
@@ -48,7 +46,9 @@ pub struct Node {
     /// ADDs that wait for an address.
     pub parked: AtomicU32,
     /// EC2 has been heard, and an interface is there to serve pods from.
-    pub warmed: AtomicBool,
+    pub warmed: watch::Sender<bool>,
+    /// Whether the container runtime calls us.
+    pub installed: watch::Sender<Standing>,
     /// Wakes the loop that keeps the pool warm.
     pub pool_wanted: Notify,
     /// Wakes the task that carries policy to running pods.
@@ -85,6 +85,10 @@ impl Node {
             tombstones,
             stop,
         } = parts;
+        let installed = match &settings.install {
+            Some(_) => Standing::Pending,
+            None => Standing::Fine,
+        };
         Arc::new(Self {
             settings,
             clock,
@@ -98,7 +102,8 @@ impl Node {
             tombstones,
             adds: Semaphore::new(ADDS),
             parked: AtomicU32::new(0),
-            warmed: AtomicBool::new(false),
+            warmed: watch::Sender::new(false),
+            installed: watch::Sender::new(installed),
             pool_wanted: Notify::new(),
             policy_wanted: Notify::new(),
             denials_seen: Notify::new(),
@@ -201,7 +206,25 @@ impl Node {
     }
 
     pub fn is_warm(&self) -> bool {
-        self.warmed.load(Ordering::Acquire)
+        *self.warmed.borrow()
+    }
+
+    /// Comes back once [`is_warm`](Self::is_warm).
+    pub async fn warm(&self) {
+        // Its sender lives as long as `self`.
+        self.warmed.subscribe().wait_for(|warm| *warm).await.ok();
+    }
+
+    /// Why an ADD would not be served, or not come here; None: it would.
+    pub fn unready(&self) -> Option<String> {
+        if !self.is_warm() {
+            return Some("no interface of EC2 is known yet".to_owned());
+        }
+        match &*self.installed.borrow() {
+            Standing::Fine => None,
+            Standing::Pending => Some("the CNI configuration is not installed yet".to_owned()),
+            Standing::Hindered(why) => Some(why.clone()),
+        }
     }
 }
 

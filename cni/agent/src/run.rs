@@ -1,10 +1,6 @@
 //! The composition: everything is made here, in the order in which it must stand.
 
-use std::{
-    fs, io,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{fs, io, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -30,6 +26,7 @@ use crate::{
     guard,
     http::{self, Show},
     identity::{Identity, IdentityError},
+    install,
     node::{Node, Parts, datapath_eni},
     policy::{self, Policy},
     restore,
@@ -131,7 +128,7 @@ async fn start<C: Cloud>(
     restore::restore(&node).await?;
     // What the journal knows serves pods, whether or not EC2 can be heard.
     let known = node.store.read(|pool| pool.enis().count() > 0);
-    node.warmed.store(known, Ordering::Release);
+    node.warmed.send_replace(known);
     restore::bury(&node).await.map_err(io("tombstones"))?;
     Ok(node)
 }
@@ -176,6 +173,7 @@ fn node_plan(
         },
         secondary,
         snat: (!settings.external_snat).then_some(Snat { direct }),
+        sysctls: settings.sysctl_dir.clone(),
     })
 }
 
@@ -287,6 +285,9 @@ fn background<C: Cloud>(node: &Arc<Node>, cloud: C, tasks: &mut Tasks) {
         "the warm pool",
         warm::run(Arc::clone(node), Arc::new(cloud)),
     );
+    if let Some(folders) = node.settings.install.clone() {
+        tasks.spawn("the CNI's files", install::keep(Arc::clone(node), folders));
+    }
     tasks.spawn("policy to pods", apply::run(Arc::clone(node)));
     tasks.spawn("policy to disk", policy::keep(Arc::clone(node)));
     tasks.spawn("denials", feed::forward_denials(Arc::clone(node)));

@@ -16,6 +16,7 @@ use crate::{
     links::{Link, Route},
     marks, node, pod,
     ruleset::{Edit, Ruleset},
+    sysctl::Sysctls,
 };
 
 /// The node's network. Cheap to clone; all clones are one.
@@ -35,16 +36,19 @@ impl Datapath {
     ///
     /// Must be called on a tokio runtime whose threads are in the node's network namespace.
     pub async fn open(plan: &NodePlan) -> Result<Self, Error> {
-        let host = Host::open().await?;
-        let wanted = plan.clone();
-        let laid = host.run(move |rtnl| node::lay(rtnl, &wanted)).await?;
+        let host = Host::open(Sysctls::at(&plan.sysctls)).await?;
+        let (wanted, sysctls) = (plan.clone(), host.sysctls.clone());
+        let laid = host
+            .run(move |rtnl| node::lay(rtnl, &sysctls, &wanted))
+            .await?;
         let mut enis = HashMap::new();
         for eni in &plan.secondary {
             let interface = laid.interfaces.get(&eni.table).cloned().unwrap_or_default();
             enis.insert(eni.mac, (eni.table, interface));
         }
         let ruleset = Ruleset::open(node::base(plan, laid)).await?;
-        host.run(|_| node::open_forwarding()).await?;
+        let sysctls = host.sysctls.clone();
+        host.run(move |_| node::open_forwarding(&sysctls)).await?;
         Ok(Self {
             host,
             ruleset,
@@ -55,10 +59,10 @@ impl Datapath {
     /// Configures an ENI that was attached later. [`Error::NoSuchEni`]: not there yet, try again.
     /// Doing it twice is fine.
     pub async fn attach_eni(&self, eni: &Eni) -> Result<(), Error> {
-        let wanted = eni.clone();
+        let (wanted, sysctls) = (eni.clone(), self.host.sysctls.clone());
         let interface = self
             .host
-            .run(move |rtnl| node::attach_eni(rtnl, &wanted))
+            .run(move |rtnl| node::attach_eni(rtnl, &sysctls, &wanted))
             .await?;
         let known = (eni.table, interface.clone());
         self.enis

@@ -8,6 +8,7 @@ use crate::{
     Error, Mac,
     links::{self, Link},
     netlink::{Request, Rtnl},
+    sysctl::Sysctls,
 };
 
 /// Callers that may wait for a deletion before the next one waits to be let in.
@@ -22,6 +23,7 @@ const LEAVING: u32 = 0x7470_6b65;
 pub(crate) struct Host {
     rtnl: Arc<Mutex<Rtnl>>,
     leaving: mpsc::Sender<Leaving>,
+    pub(crate) sysctls: Sysctls,
 }
 
 #[derive(Debug)]
@@ -33,7 +35,7 @@ struct Leaving {
 
 impl Host {
     /// Binds to the network namespace of the runtime's threads.
-    pub(crate) async fn open() -> Result<Self, Error> {
+    pub(crate) async fn open(sysctls: Sysctls) -> Result<Self, Error> {
         let rtnl = tokio::task::spawn_blocking(Rtnl::open)
             .await
             .map_err(|_| Error::Closed)??;
@@ -44,7 +46,11 @@ impl Host {
             .await
             .map_err(|_| Error::Closed)??;
         tokio::spawn(delete_together(own, receiver));
-        Ok(Self { rtnl, leaving })
+        Ok(Self {
+            rtnl,
+            leaving,
+            sysctls,
+        })
     }
 
     /// Talks to the kernel on a thread that may block.

@@ -13,7 +13,7 @@ use crate::{
     marks,
     netlink::{REPLACE, Request, Rtnl},
     ruleset::Base,
-    sysctl,
+    sysctl::Sysctls,
 };
 
 /// Where the gate answers DNS.
@@ -35,7 +35,7 @@ pub(crate) struct Laid {
 
 /// Policy rules, local addresses and ENIs; everything may be there already. Nothing here lets a
 /// packet pass that the rules have not seen: forwarding is switched on by [`open_forwarding`] last.
-pub(crate) fn lay(rtnl: &mut Rtnl, plan: &NodePlan) -> Result<Laid, Error> {
+pub(crate) fn lay(rtnl: &mut Rtnl, sysctls: &Sysctls, plan: &NodePlan) -> Result<Laid, Error> {
     let found = Link::all(rtnl)?;
     let primary = by_mac(&found, plan.primary.mac)?;
     let loopback = found
@@ -43,10 +43,10 @@ pub(crate) fn lay(rtnl: &mut Rtnl, plan: &NodePlan) -> Result<Laid, Error> {
         .find(|link| link.name == "lo")
         .map_or(1, |link| link.index);
     rtnl.run(node_requests(loopback))?;
-    settle_eni(&primary.name)?;
+    settle_eni(sysctls, &primary.name)?;
     let mut interfaces = BTreeMap::new();
     for eni in &plan.secondary {
-        interfaces.insert(eni.table, attach(rtnl, &found, eni)?);
+        interfaces.insert(eni.table, attach(rtnl, sysctls, &found, eni)?);
     }
     Ok(Laid {
         primary_interface: primary.name.clone(),
@@ -55,16 +55,16 @@ pub(crate) fn lay(rtnl: &mut Rtnl, plan: &NodePlan) -> Result<Laid, Error> {
 }
 
 /// The rules stand: packets may be forwarded.
-pub(crate) fn open_forwarding() -> Result<(), Error> {
-    sysctl::set("netfilter/nf_conntrack_acct", "1")?;
-    sysctl::set("ipv4/ip_forward", "1")?;
-    sysctl::set_ipv6("ipv6/conf/all/forwarding", "1")
+pub(crate) fn open_forwarding(sysctls: &Sysctls) -> Result<(), Error> {
+    sysctls.set("netfilter/nf_conntrack_acct", "1")?;
+    sysctls.set("ipv4/ip_forward", "1")?;
+    sysctls.set_ipv6("ipv6/conf/all/forwarding", "1")
 }
 
 /// Configures one ENI whose link is there, and gives the link's name.
-pub(crate) fn attach_eni(rtnl: &mut Rtnl, eni: &Eni) -> Result<String, Error> {
+pub(crate) fn attach_eni(rtnl: &mut Rtnl, sysctls: &Sysctls, eni: &Eni) -> Result<String, Error> {
     let found = Link::all(rtnl)?;
-    attach(rtnl, &found, eni)
+    attach(rtnl, sysctls, &found, eni)
 }
 
 /// An ENI's policy rules go; its routes went with the link, or go with it.
@@ -127,14 +127,14 @@ fn from_eni(v6: bool, table: u32) -> netlink_packet_route::rule::RuleMessage {
     links::rule(v6, marks::PREF_FROM_POD, mark, table)
 }
 
-fn attach(rtnl: &mut Rtnl, found: &[Link], eni: &Eni) -> Result<String, Error> {
+fn attach(rtnl: &mut Rtnl, sysctls: &Sysctls, found: &[Link], eni: &Eni) -> Result<String, Error> {
     if !marks::is_eni_table(eni.table) {
         let what = format!("table {} cannot be an ENI's: 1 to 99 can", eni.table);
         return Err(Error::Invalid { what });
     }
     let link = by_mac(found, eni.mac)?;
     let (index, table) = (link.index, eni.table);
-    settle_eni(&link.name)?;
+    settle_eni(sysctls, &link.name)?;
     let named = |what: &str| format!("{what} of ENI {} ({})", eni.mac, link.name);
     // A host address alone: the subnet is reached by the ENI's own table, never by main.
     let mut requests = vec![
@@ -166,9 +166,9 @@ fn attach(rtnl: &mut Rtnl, found: &[Link], eni: &Eni) -> Result<String, Error> {
 
 /// Loose reverse path checks: strict ones break even ARP on a secondary ENI. Router advertisements
 /// stay heard: a machine that forwards ignores them otherwise, and loses its IPv6 default route.
-fn settle_eni(interface: &str) -> Result<(), Error> {
-    sysctl::set(&format!("ipv4/conf/{interface}/rp_filter"), "2")?;
-    sysctl::set_ipv6(&format!("ipv6/conf/{interface}/accept_ra"), "2")
+fn settle_eni(sysctls: &Sysctls, interface: &str) -> Result<(), Error> {
+    sysctls.set(&format!("ipv4/conf/{interface}/rp_filter"), "2")?;
+    sysctls.set_ipv6(&format!("ipv6/conf/{interface}/accept_ra"), "2")
 }
 
 fn by_mac(found: &[Link], mac: Mac) -> Result<&Link, Error> {

@@ -19,6 +19,8 @@ pub struct NodePlan {
     pub secondary: Vec<Eni>,
     /// None: somebody else translates (`AWS_VPC_K8S_CNI_EXTERNALSNAT=true`).
     pub snat: Option<Snat>,
+    /// Where the kernel's network settings can be written: `/proc/sys/net`, or another mount of it.
+    pub sysctls: PathBuf,
 }
 
 /// The ENI that the machine booted with; the operating system gave it addresses and routes.

@@ -1,9 +1,6 @@
 //! A look at EC2: what it holds for this node, made into a view for the pool.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::atomic::Ordering,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::Ipv4Net;
 use turnpike_cloud::{AttachmentState, Cloud, CloudError, Interface};
@@ -48,7 +45,7 @@ pub(super) async fn look<C: Cloud>(node: &Node, cloud: &C) -> Result<(), LookErr
             tracing::error!(eni = %eni.id, %error, "an attached interface cannot be used");
         }
     }
-    if !node.warmed.swap(true, Ordering::AcqRel) {
+    if !node.warmed.send_replace(true) {
         tracing::info!(enis = view.enis.len(), "EC2 was heard");
     }
     Ok(())

@@ -17,7 +17,7 @@ use crate::{
     netns::Netns,
     nft,
     ruleset::{Edit, Ruleset, elements::PodRules},
-    sysctl,
+    sysctl::Sysctls,
 };
 
 const MAIN: u32 = 254;
@@ -182,12 +182,12 @@ impl Build<'_> {
 
     /// Settings and capture in the pod, and a socket there for later.
     async fn prepare_inside(&self) -> Result<(Rtnl, u32), Error> {
-        let ifname = self.plan.ifname.clone();
+        let (ifname, sysctls) = (self.plan.ifname.clone(), self.host.sysctls.clone());
         let has_ipv6 = self.plan.addresses.iter().any(|address| address.is_ipv6());
         let text = self.plan.capture.as_ref();
         let text = text.map(|it| capture::render(it, &self.plan.addresses, &self.plan.node));
         let work = move || {
-            quieten(&ifname, has_ipv6)?;
+            quieten(&sysctls, &ifname, has_ipv6)?;
             let inside = (Rtnl::open()?, index_of(&ifname)?);
             // Last, for what fails before it leaves nothing in the pod but a link that will go.
             if let Some(text) = text {
@@ -200,9 +200,10 @@ impl Build<'_> {
 
     async fn connect_host(&self) -> Result<(), Error> {
         let (applied, node) = (self.applied.clone(), self.plan.node.clone());
+        let sysctls = self.host.sysctls.clone();
         let has_ipv6 = applied.addresses.iter().any(|address| address.is_ipv6());
         let work = move |rtnl: &mut Rtnl| {
-            quieten(&applied.host_interface, has_ipv6)?;
+            quieten(&sysctls, &applied.host_interface, has_ipv6)?;
             let index = index_of(&applied.host_interface)?;
             let note = links::alias(index, &note(&applied.container_id));
             let mut requests = vec![
@@ -300,13 +301,13 @@ pub(crate) fn pod_routes(v6: bool, index: u32) -> [Route; 2] {
 
 /// Keeps the kernel from talking IPv6 on a link by itself: nobody is there to answer, and a pod that
 /// speaks with an address it was not given counts as spoofing.
-fn quieten(interface: &str, has_ipv6: bool) -> Result<(), Error> {
+fn quieten(sysctls: &Sysctls, interface: &str, has_ipv6: bool) -> Result<(), Error> {
     let setting = if has_ipv6 {
         "addr_gen_mode"
     } else {
         "disable_ipv6"
     };
-    sysctl::set_ipv6(&format!("ipv6/conf/{interface}/{setting}"), "1")
+    sysctls.set_ipv6(&format!("ipv6/conf/{interface}/{setting}"), "1")
 }
 
 fn index_of(interface: &str) -> Result<u32, Error> {

@@ -212,6 +212,7 @@ impl World {
                 mtu: 1500,
             }],
             snat: None,
+            sysctls: "/proc/sys/net".into(),
         }
     }
 
