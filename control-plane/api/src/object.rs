@@ -9,7 +9,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use kube::Resource;
+use kube::{Resource, core::ApiResource};
 use schemars::Schema;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -100,6 +100,13 @@ macro_rules! kinds {
                 }
             }
 
+            /// How the API serves it.
+            pub fn resource(self) -> ApiResource {
+                match self {
+                    $(Self::$kind => ApiResource::erase::<$type>(&()),)*
+                }
+            }
+
             fn schema(self) -> Schema {
                 match self {
                     $(Self::$kind => schemars::schema_for!($type),)*
@@ -164,6 +171,25 @@ impl Kind {
             .iter()
             .copied()
             .find(|known| known.as_str() == kind && known.api_version() == api_version)
+    }
+
+    /// Whether Kubernetes itself defines it, not a CRD.
+    pub fn is_kubernetes(self) -> bool {
+        match self {
+            Self::Namespace
+            | Self::ServiceAccount
+            | Self::Service
+            | Self::EndpointSlice
+            | Self::Pod => true,
+            Self::HttpRoute
+            | Self::MeshConfig
+            | Self::TrafficPolicy
+            | Self::AuthorizationPolicy
+            | Self::PeerAuthentication
+            | Self::EgressPolicy
+            | Self::ClusterEgressPolicy
+            | Self::Telemetry => false,
+        }
     }
 }
 

@@ -1,13 +1,16 @@
 //! Where the control plane's objects come from, and what becomes of a pod on its way in.
 //!
 //! 1. A [`Source`] delivers events: an object applied or deleted, a document refused, everything
-//!    known so far delivered. [`directory::DirectorySource`] reads a folder of YAML; the
-//!    Kubernetes API will be another source of the same events.
+//!    known so far delivered. [`directory::DirectorySource`] reads a folder of YAML,
+//!    [`cluster::ClusterSource`] the Kubernetes API. What is valid is the same for both.
 //! 2. [`inject`] puts the sidecar into a pod: a pure function, asked by whoever creates pods from
-//!    a folder now, and by the admission webhook.
+//!    a folder, and by the admission webhook.
 
+pub mod cluster;
 pub mod directory;
 pub mod inject;
+mod path;
+mod reading;
 mod source;
 
-pub use source::{Event, Rejection, Source};
+pub use source::{Event, Impairment, Rejection, Source};

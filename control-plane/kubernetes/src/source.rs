@@ -5,7 +5,7 @@ use std::fmt;
 use turnpike_api::{Object, ObjectKey};
 
 /// A stream of objects without end. Whatever fails underneath is retried there, and reported as an
-/// [`Event::Rejected`] if a person must act.
+/// [`Event::Rejected`] or [`Event::Impaired`] if a person must act.
 pub trait Source: Send {
     /// Waits for the next event. Cancelling the wait loses none.
     fn next(&mut self) -> impl Future<Output = Event> + Send;
@@ -20,8 +20,12 @@ pub enum Event {
     Rejected(Rejection),
     /// What was rejected before is mended or gone.
     Resolved(Rejection),
-    /// All objects that existed when the source started have been delivered. Once, and before any
-    /// later change.
+    /// Part of what there is cannot be read. What was read before stays in force.
+    Impaired(Impairment),
+    /// What was impaired before is as it should be.
+    Restored(Impairment),
+    /// All objects that existed when the source started have been delivered. Once; what changed
+    /// while they were read may already have been delivered too.
     Synced,
 }
 
@@ -38,6 +42,17 @@ pub struct Rejection {
     pub field: Option<String>,
     /// What is wrong, what is allowed, and what stays in force.
     pub message: String,
+}
+
+/// Why a part of the source cannot be read, for whoever runs it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Impairment {
+    /// `egresspolicies.turnpike.dev`, `https://10.96.0.1`.
+    pub what: String,
+    /// What is wrong and what to do.
+    pub message: String,
+    /// The source is not synced before it is over.
+    pub blocking: bool,
 }
 
 /// `shop.yaml:12: EgressPolicy shop/payments: spec.allow[0].prots: unknown field …`.
@@ -61,5 +76,12 @@ impl fmt::Display for Rejection {
             write!(f, ": {field}")?;
         }
         write!(f, ": {message}")
+    }
+}
+
+/// `egresspolicies.turnpike.dev: …`.
+impl fmt::Display for Impairment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.message)
     }
 }

@@ -14,7 +14,7 @@ use tokio::{
 };
 use turnpike_api::{Kind, Object};
 use turnpike_discovery::Discovery;
-use turnpike_kubernetes::{Event, Rejection, Source};
+use turnpike_kubernetes::{Event, Impairment, Rejection, Source};
 use turnpike_model::{ConditionKind, ObjectStatus};
 
 use crate::metrics::Metrics;
@@ -32,6 +32,7 @@ const NO_PREFIXES: &str = "no meshPrefixes are set, so proxies take every addres
 #[derive(Debug)]
 pub struct Health {
     rejections: Mutex<BTreeSet<Rejection>>,
+    impairments: Mutex<BTreeSet<Impairment>>,
     synced: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
 }
@@ -50,6 +51,7 @@ impl Default for Health {
     fn default() -> Self {
         Self {
             rejections: Mutex::default(),
+            impairments: Mutex::default(),
             synced: watch::Sender::new(false),
             stopping: watch::Sender::new(false),
         }
@@ -57,23 +59,31 @@ impl Default for Health {
 }
 
 impl Health {
+    /// What is refused, after what of the source cannot be read at all.
     pub fn rejections(&self) -> Vec<Quarantined> {
-        self.rejections
-            .lock()
-            .iter()
-            .map(Quarantined::from)
+        let impairments = self.impairments.lock();
+        let rejections = self.rejections.lock();
+        let impaired = impairments.iter().map(Quarantined::from);
+        impaired
+            .chain(rejections.iter().map(Quarantined::from))
             .collect()
     }
 
     /// `None`: ready.
-    pub fn why_not_ready(&self) -> Option<&'static str> {
+    pub fn why_not_ready(&self) -> Option<String> {
         if *self.stopping.borrow() {
-            Some("the controller is stopping")
-        } else if !*self.synced.borrow() {
-            Some("the source has not delivered all its objects yet")
-        } else {
-            None
+            return Some("the controller is stopping".to_owned());
         }
+        if *self.synced.borrow() {
+            return None;
+        }
+        let mut why = "the source has not delivered all its objects yet".to_owned();
+        let impairments = self.impairments.lock();
+        for impairment in impairments.iter().filter(|i| i.blocking) {
+            why.push_str("\n");
+            why.push_str(&impairment.to_string());
+        }
+        Some(why)
     }
 
     /// Returns when the source has delivered all that there was.
@@ -102,6 +112,18 @@ impl From<&Rejection> for Quarantined {
             object: object.as_ref().map(ToString::to_string),
             field: field.clone(),
             message: message.clone(),
+        }
+    }
+}
+
+impl From<&Impairment> for Quarantined {
+    fn from(impairment: &Impairment) -> Self {
+        Self {
+            file: impairment.what.clone(),
+            line: None,
+            object: None,
+            field: None,
+            message: impairment.message.clone(),
         }
     }
 }
@@ -182,6 +204,16 @@ impl Feed {
                 self.metrics.set_rejected(rejections.len());
                 false
             }
+            Event::Impaired(impairment) => {
+                tracing::warn!("{impairment}");
+                self.set_impairments(|all| all.insert(impairment));
+                false
+            }
+            Event::Restored(impairment) => {
+                tracing::info!("over: {impairment}");
+                self.set_impairments(|all| all.remove(&impairment));
+                false
+            }
             Event::Synced => {
                 self.metrics.set_synced();
                 self.health.synced.send_replace(true);
@@ -189,6 +221,13 @@ impl Feed {
                 true
             }
         }
+    }
+
+    fn set_impairments(&self, change: impl FnOnce(&mut BTreeSet<Impairment>) -> bool) {
+        let mut impairments = self.health.impairments.lock();
+        change(&mut impairments);
+        let blocking = impairments.iter().filter(|i| i.blocking).count();
+        self.metrics.set_impaired(blocking);
     }
 
     /// Logs what has become wrong or right with policies, once each. While the source still

@@ -23,6 +23,7 @@ pub struct Metrics {
     refused: Family<Reason, Counter>,
     unauthenticated: Family<Reason, Counter>,
     rejected_objects: Gauge,
+    impaired: Gauge,
     objects: Counter,
     synced: Gauge,
 }
@@ -48,6 +49,7 @@ impl Metrics {
             refused: Family::default(),
             unauthenticated: Family::default(),
             rejected_objects: Gauge::default(),
+            impaired: Gauge::default(),
             objects: Counter::default(),
             synced: Gauge::default(),
         };
@@ -57,6 +59,7 @@ impl Metrics {
             refused,
             unauthenticated,
             rejected_objects,
+            impaired,
             objects,
             synced,
         } = &metrics;
@@ -71,6 +74,11 @@ impl Metrics {
             "rejected_objects",
             "Objects that are quarantined now",
             rejected_objects.clone(),
+        );
+        registry.register(
+            "source_impaired",
+            "Parts of the source that cannot be read now",
+            impaired.clone(),
         );
         registry.register(
             "source_events",
@@ -126,6 +134,10 @@ impl Metrics {
     pub(crate) fn set_rejected(&self, count: usize) {
         self.rejected_objects
             .set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    pub(crate) fn set_impaired(&self, count: usize) {
+        self.impaired.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     pub(crate) fn set_synced(&self) {

@@ -1,10 +1,13 @@
 //! A document becomes an object, or a list of what is wrong with it.
 
 use serde_json::Value;
-use serde_path_to_error::{Segment, Track};
-use turnpike_api::{Kind, Object, ObjectKey, Part, valid};
+use turnpike_api::{Kind, Object, ObjectKey};
 
-use super::yaml::{self, Broken, Step, Yaml};
+use super::yaml::{self, Broken, Yaml};
+use crate::{
+    path::{self, Step},
+    reading::{self, Origin},
+};
 
 /// What a file holds, document by document; empty ones are left out.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,7 +57,7 @@ pub(super) fn read_all(content: &Result<String, String>) -> Vec<Document> {
 fn read(document: &Yaml<'_>) -> Document {
     let fault = |path: &[Step], problem: String| Fault {
         line: document.line(path),
-        field: Some(yaml::field(path)).filter(|field| !field.is_empty()),
+        field: Some(path::field(path)).filter(|field| !field.is_empty()),
         problem,
     };
     let value = match document.json() {
@@ -75,33 +78,20 @@ fn read(document: &Yaml<'_>) -> Document {
         Err((field, problem)) => {
             return Document::Bad {
                 key: None,
-                faults: vec![fault(&yaml::steps(field), problem)],
+                faults: vec![fault(&path::steps(field), problem)],
             };
         }
     };
     let key = key(kind, &value);
-    let object = match typed(kind, &value) {
-        Ok(object) => object,
-        Err(faults) => {
-            let faults = faults
-                .iter()
-                .map(|(path, problem)| fault(path, problem.clone()));
-            return Document::Bad {
-                key,
-                faults: faults.collect(),
-            };
-        }
-    };
-    match valid::check(&object) {
-        Ok(()) => Document::Good {
+    match reading::read(kind, &value, Origin::Person) {
+        Ok(object) => Document::Good {
             object,
             line: document.line(&[]),
         },
-        Err(invalid) => {
-            let faults = invalid.problems().iter().map(|problem| {
-                let text = format!("`{}` is refused: {}", problem.value, problem.problem);
-                fault(&yaml::steps(&problem.field), text)
-            });
+        Err(problems) => {
+            let faults = problems
+                .into_iter()
+                .map(|reading::Problem { path, text }| fault(&path, text));
             Document::Bad {
                 key,
                 faults: faults.collect(),
@@ -158,114 +148,6 @@ fn key(kind: Kind, value: &Value) -> Option<ObjectKey> {
         false => "",
     };
     Some(ObjectKey::new(kind, namespace, name))
-}
-
-type Fields = Vec<(Vec<Step>, String)>;
-
-fn typed(kind: Kind, value: &Value) -> Result<Object, Fields> {
-    let mut track = Track::new();
-    let mut ignored = Vec::new();
-    let mut on_ignored = |path: serde_ignored::Path<'_>| ignored.push(ignored_steps(&path));
-    let deserializer = serde_path_to_error::Deserializer::new(value, &mut track);
-    let deserializer = serde_ignored::Deserializer::new(deserializer, &mut on_ignored);
-    let result = Object::deserialize(kind, deserializer);
-
-    // Kinds of our own leave these two to their reader, which this is.
-    let own = |path: &Vec<Step>| matches!(&path[..], [Step::Key(key)] if key == "apiVersion" || key == "kind");
-    let unknown: Fields = ignored
-        .into_iter()
-        .filter(|path| !own(path))
-        .map(|path| {
-            let problem = unknown_field(kind, &path);
-            (path, problem)
-        })
-        .collect();
-    match result {
-        _ if !unknown.is_empty() => Err(unknown),
-        Ok(object) => Ok(object),
-        Err(error) => {
-            let mut path = track_steps(&track.path());
-            let mut problem = error.to_string();
-            if let Some(field) = quoted(&problem, "unknown field `") {
-                if path.last() != Some(&Step::Key(field.to_owned())) {
-                    path.push(Step::Key(field.to_owned()));
-                }
-                problem = unknown_field(kind, &path);
-            }
-            Err(vec![(path, problem)])
-        }
-    }
-}
-
-/// Names the fields that there are, and the one that may have been meant.
-fn unknown_field(kind: Kind, path: &[Step]) -> String {
-    let Some((Step::Key(field), parent)) = path.split_last() else {
-        return "unknown field".to_owned();
-    };
-    let parts: Vec<Part<'_>> = parent
-        .iter()
-        .map(|step| match step {
-            Step::Key(key) => Part::Field(key),
-            Step::Index(_) => Part::Item,
-        })
-        .collect();
-    match kind.fields(&parts) {
-        Some(fields) => {
-            let meant = fields.iter().find(|known| is_near(known, field)).cloned();
-            let fields = fields.join(", ");
-            match meant {
-                Some(meant) => {
-                    format!("unknown field; did you mean `{meant}`? Allowed are {fields}")
-                }
-                None => format!("unknown field; allowed are {fields}"),
-            }
-        }
-        None => "unknown field".to_owned(),
-    }
-}
-
-/// The same letters but for case, one missing, one more, one other, or two that changed places.
-fn is_near(known: &str, typed: &str) -> bool {
-    let known: Vec<char> = known.to_lowercase().chars().collect();
-    let typed: Vec<char> = typed.to_lowercase().chars().collect();
-    let same_start = known.iter().zip(&typed).take_while(|(a, b)| a == b).count();
-    let (known, typed) = (&known[same_start..], &typed[same_start..]);
-    match (known, typed) {
-        ([], [] | [_]) | ([_], []) => true,
-        ([a, b, known @ ..], [c, d, typed @ ..]) if a == d && b == c && known == typed => true,
-        ([_, known @ ..], [_, typed @ ..]) if known == typed => true,
-        ([_, known @ ..], typed) if known == typed => true,
-        (known, [_, typed @ ..]) => known == typed,
-        _ => false,
-    }
-}
-
-fn quoted<'a>(text: &'a str, before: &str) -> Option<&'a str> {
-    text.strip_prefix(before)?.split('`').next()
-}
-
-fn track_steps(path: &serde_path_to_error::Path) -> Vec<Step> {
-    let steps = path.iter().filter_map(|segment| match segment {
-        Segment::Seq { index } => Some(Step::Index(*index)),
-        Segment::Map { key } => Some(Step::Key(key.clone())),
-        Segment::Enum { .. } | Segment::Unknown => None,
-    });
-    steps.collect()
-}
-
-fn ignored_steps(path: &serde_ignored::Path<'_>) -> Vec<Step> {
-    use serde_ignored::Path;
-    let (parent, step) = match path {
-        Path::Root => return Vec::new(),
-        Path::Seq { parent, index } => (parent, Some(Step::Index(*index))),
-        Path::Map { parent, key } => (parent, Some(Step::Key(key.clone()))),
-        Path::Some { parent }
-        | Path::NewtypeStruct { parent }
-        | Path::NewtypeVariant { parent } => (parent, None),
-    };
-    let mut steps = ignored_steps(parent);
-    steps.extend(step);
-    steps
 }
 
 #[cfg(test)]
@@ -424,21 +306,5 @@ spec:
             .filter(|d| matches!(d, Document::Good { .. }))
             .count();
         assert_eq!((documents.len(), good), (3, 2));
-    }
-
-    #[test]
-    fn near_names_are_found() {
-        for (known, typed, near) in [
-            ("hosts", "host", true),
-            ("hosts", "hostss", true),
-            ("hosts", "Hosts", true),
-            ("ports", "prots", true),
-            ("allow", "alow", true),
-            ("allow", "slow", false),
-            ("mode", "node", true),
-            ("tls", "http", false),
-        ] {
-            assert_eq!(is_near(known, typed), near, "{known} {typed}");
-        }
     }
 }

@@ -222,7 +222,7 @@ mod tests {
                 Event::Deleted(key) => format!("-{}", key.name),
                 Event::Rejected(rejection) => format!("!{}", place(rejection)),
                 Event::Resolved(rejection) => format!("~{}", place(rejection)),
-                Event::Synced => unreachable!("the watcher says that"),
+                other => unreachable!("{other:?} is the watcher's to say"),
             })
             .collect();
         events.sort();

@@ -22,6 +22,7 @@ async fn next(source: &mut DirectorySource) -> String {
         Event::Rejected(rejection) => format!("rejected {rejection}"),
         Event::Resolved(rejection) => format!("resolved {}", rejection.file),
         Event::Synced => "synced".to_owned(),
+        other => panic!("{other:?}"),
     }
 }
 

@@ -6,6 +6,8 @@ use saphyr::{LoadableYamlNode, MarkedYaml, Scalar, YamlData};
 use saphyr_parser::{Event, Parser};
 use serde_json::{Map, Value};
 
+use crate::path::Step;
+
 /// How deep a document may nest; no object in Kubernetes comes near. What reads it calls itself for
 /// each level, and a stack that overflows ends the process.
 const MAX_DEPTH: usize = 100;
@@ -23,13 +25,6 @@ pub(super) struct Yaml<'a> {
 pub(super) struct Broken {
     pub(super) line: usize,
     pub(super) problem: String,
-}
-
-/// A step into a value.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Step {
-    Key(String),
-    Index(usize),
 }
 
 /// Cuts a file at its `---` lines, as kubectl does, so that what is wrong in one document does not
@@ -138,36 +133,6 @@ fn too_deep(text: &str) -> Option<usize> {
     None
 }
 
-/// `spec.allow[0].hosts[1]` into its steps.
-pub(super) fn steps(field: &str) -> Vec<Step> {
-    let mut steps = Vec::new();
-    for part in field.split('.') {
-        let mut pieces = part.split('[');
-        steps.extend(
-            pieces
-                .next()
-                .filter(|key| !key.is_empty())
-                .map(|k| Step::Key(k.to_owned())),
-        );
-        let indices = pieces.filter_map(|piece| piece.strip_suffix(']')?.parse().ok());
-        steps.extend(indices.map(Step::Index));
-    }
-    steps
-}
-
-/// The steps as `spec.allow[0].hosts[1]`.
-pub(super) fn field(steps: &[Step]) -> String {
-    let mut field = String::new();
-    for step in steps {
-        match step {
-            Step::Key(key) if field.is_empty() => field.push_str(key),
-            Step::Key(key) => field.extend([".", key]),
-            Step::Index(index) => field.push_str(&format!("[{index}]")),
-        }
-    }
-    field
-}
-
 type Position = (usize, String);
 
 fn json(node: &MarkedYaml<'_>) -> Result<Value, Position> {
@@ -222,6 +187,7 @@ fn key_text(key: &MarkedYaml<'_>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::path::steps;
 
     #[test]
     fn files_are_cut_at_their_markers() {
@@ -302,12 +268,5 @@ mod tests {
         assert_eq!(broken.line, MAX_DEPTH, "{}", broken.problem);
         let fine = format!("{}x{}", "[".repeat(MAX_DEPTH), "]".repeat(MAX_DEPTH));
         assert!(Yaml::parse(0, &fine).unwrap()[0].json().is_ok());
-    }
-
-    #[test]
-    fn fields_and_steps_are_one() {
-        for text in ["spec.allow[0].hosts[1]", "spec", "a[0][1].b"] {
-            assert_eq!(field(&steps(text)), text);
-        }
     }
 }

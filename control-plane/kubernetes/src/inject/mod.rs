@@ -149,6 +149,19 @@ pub fn inject(
     Ok(Injection::Injected(Box::new(pod)))
 }
 
+/// Whether there is anything to capture in such a pod: it has a network of its own, and Linux.
+pub(crate) fn can_be_injected(spec: &PodSpec) -> bool {
+    !on_node_network(spec) && !for_windows(spec)
+}
+
+fn on_node_network(spec: &PodSpec) -> bool {
+    spec.host_network == Some(true)
+}
+
+fn for_windows(spec: &PodSpec) -> bool {
+    spec.os.as_ref().is_some_and(|os| os.name == "windows")
+}
+
 fn skip(
     pod: &Pod,
     namespace_labels: &BTreeMap<String, String>,
@@ -168,12 +181,9 @@ fn skip(
         .any(|exempt| exempt == namespace)
     {
         Some(Reason::ExemptNamespace(namespace.to_owned()))
-    } else if spec.is_some_and(|spec| spec.host_network == Some(true)) {
+    } else if spec.is_some_and(on_node_network) {
         Some(Reason::HostNetwork)
-    } else if spec
-        .and_then(|s| s.os.as_ref())
-        .is_some_and(|os| os.name == "windows")
-    {
+    } else if spec.is_some_and(for_windows) {
         Some(Reason::Windows)
     } else if pod_label.is_some_and(|value| value == "disabled") {
         Some(Reason::PodOptedOut)
