@@ -1,5 +1,7 @@
 //! What became of each policy: whether it took effect, and why not.
 
+use std::collections::BTreeMap;
+
 use turnpike_api::{Kind, ObjectKey};
 
 use crate::{
@@ -8,7 +10,8 @@ use crate::{
         policy::TrafficDefaults,
         route::{Parent, Route},
     },
-    key::Key,
+    key::{Birth, Key},
+    store::{Policies, Selected},
 };
 
 /// An object's status, or that of its attachment to one parent.
@@ -75,8 +78,8 @@ impl Condition {
 }
 
 impl Model {
-    /// Of all policies and routes, and of whatever object was refused. It walks the policies, not
-    /// the pods.
+    /// Of all policies and routes, and of whatever object was refused. It walks the policies, and
+    /// pods only where two policies might select the same ones.
     pub fn statuses(&self) -> Vec<ObjectStatus> {
         let mut found: Vec<ObjectStatus> = Vec::new();
         found.extend(self.routes.all().flat_map(|route| self.route_status(route)));
@@ -90,11 +93,10 @@ impl Model {
             .authorization
             .all()
             .map(|p| (Kind::AuthorizationPolicy, &p.key));
-        let selecting = selecting
-            .chain(self.peers.all().map(|p| (Kind::PeerAuthentication, &p.key)))
-            .chain(self.telemetry.all().map(|p| (Kind::Telemetry, &p.key)))
-            .chain(self.egress.all().map(|p| (Kind::EgressPolicy, &p.key)));
+        let selecting = selecting.chain(self.egress.all().map(|p| (Kind::EgressPolicy, &p.key)));
         found.extend(selecting.map(|(kind, key)| accepted(kind, key)));
+        found.extend(self.exclusive_statuses(Kind::PeerAuthentication, &self.peers));
+        found.extend(self.exclusive_statuses(Kind::Telemetry, &self.telemetry));
         // What a refused object was before may still be in force; the refusal is what counts.
         found.retain(|status| !self.refused.contains_key(&status.object));
         found.extend(self.refused.iter().map(|(object, refusal)| ObjectStatus {
@@ -185,9 +187,10 @@ impl Model {
             let holding = self.traffic.holding(target)?;
             (holding.key != policy.key).then(|| {
                 let text = format!(
-                    "TrafficPolicy `{}` is older and holds for Service `{target}`; put both into \
-                     one, or name another target",
-                    holding.key
+                    "TrafficPolicy `{}` {} and holds for Service `{target}`; put both into one, or \
+                     name another target",
+                    holding.key,
+                    why_first(holding.birth, policy.birth)
                 );
                 ("Conflicted", text)
             })
@@ -201,5 +204,58 @@ impl Model {
             parent: None,
             conditions: vec![condition],
         }
+    }
+
+    /// Of policies of which one holds for a pod, among all of its width.
+    fn exclusive_statuses<P>(&self, kind: Kind, policies: &Policies<P>) -> Vec<ObjectStatus> {
+        let mut rivals: BTreeMap<_, Vec<&Selected<P>>> = BTreeMap::new();
+        for policy in policies.all() {
+            let group = (policy.scope.as_deref(), policy.width());
+            rivals.entry(group).or_default().push(policy);
+        }
+        let mut found = Vec::new();
+        for mut group in rivals.into_values() {
+            group.sort_by_key(|policy| policy.rank());
+            for (place, policy) in group.iter().enumerate() {
+                let mut earlier = group[..place].iter();
+                let condition = match earlier.find(|other| self.share_pods(other, policy)) {
+                    None => Condition::accepted(),
+                    Some(holding) => overruled(kind, holding, policy),
+                };
+                found.push(ObjectStatus {
+                    object: policy.key.object(kind),
+                    parent: None,
+                    conditions: vec![condition],
+                });
+            }
+        }
+        found
+    }
+
+    /// Whether some pod has both.
+    fn share_pods<P>(&self, one: &Selected<P>, other: &Selected<P>) -> bool {
+        one.selector == other.selector || {
+            let pods = self.pods.select(one.scope.as_deref(), &one.selector);
+            pods.iter().any(|pod| other.selector.matches(&pod.labels))
+        }
+    }
+}
+
+fn overruled<P>(kind: Kind, holding: &Selected<P>, policy: &Selected<P>) -> Condition {
+    let message = format!(
+        "{kind} `{}` {} and holds for the workloads that both select; put both into one, or select \
+         others",
+        holding.key,
+        why_first(holding.birth, policy.birth)
+    );
+    Condition::refused("Conflicted", message)
+}
+
+/// Objects from files have no time of birth.
+fn why_first(holding: Birth, other: Birth) -> &'static str {
+    if holding == other {
+        "comes first by its name"
+    } else {
+        "is older"
     }
 }

@@ -511,6 +511,55 @@ fn of_two_traffic_policies_the_older_holds_and_the_other_is_told() {
 }
 
 #[test]
+fn of_policies_that_exclude_each_other_those_overruled_are_told() {
+    let peer = |name: &str, selector: &str, mode: &str| {
+        format!(
+            "apiVersion: turnpike.dev/v1alpha1\nkind: PeerAuthentication\n\
+             metadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{{selector} mtls: {{mode: {mode}}}}}\n---\n"
+        )
+    };
+    let web = "selector: {matchLabels: {app: web}},";
+    let all = [
+        peer("a-wide", "", "STRICT"),
+        peer("b-wide", "", "PERMISSIVE"),
+        peer("c-web", web, "STRICT"),
+        // Other words, the same pods.
+        peer(
+            "d-web",
+            "selector: {matchExpressions: [{key: app, operator: In, values: [web, cart]}]},",
+            "PERMISSIVE",
+        ),
+        peer(
+            "e-none",
+            "selector: {matchLabels: {app: nobody}},",
+            "STRICT",
+        ),
+    ];
+    let mut model = world(&all.concat());
+    let conflict = |model: &Model, name: &str| {
+        let found = problems(model, &format!("PeerAuthentication shop/{name}"));
+        found.into_iter().next()
+    };
+    for holding in ["a-wide", "c-web", "e-none"] {
+        assert_eq!(conflict(&model, holding), None, "{holding}");
+    }
+    for (overruled, holding) in [("b-wide", "shop/a-wide"), ("d-web", "shop/c-web")] {
+        let (reason, message) = conflict(&model, overruled).unwrap();
+        assert_eq!(reason, "Conflicted");
+        assert!(message.contains(holding), "{message}");
+        // Neither says when it was made.
+        assert!(message.contains("comes first by its name"), "{message}");
+    }
+    model.delete(&common::key(
+        turnpike_api::Kind::PeerAuthentication,
+        "shop",
+        "c-web",
+    ));
+    assert_eq!(conflict(&model, "d-web"), None);
+}
+
+#[test]
 fn what_is_invalid_keeps_what_was_in_force() {
     let policy = |port: u16| {
         format!(

@@ -18,6 +18,32 @@ pub(crate) struct Selected<P> {
     pub(crate) content: P,
 }
 
+impl<P> Selected<P> {
+    /// What is stated of the workload holds before what is stated of its namespace, and that before
+    /// what is stated of the mesh.
+    pub(crate) fn width(&self) -> Width {
+        if !self.selector.is_empty() {
+            Width::Workloads
+        } else if self.scope.is_some() {
+            Width::Namespace
+        } else {
+            Width::Mesh
+        }
+    }
+
+    /// Among those of one width the first holds.
+    pub(crate) fn rank(&self) -> (Birth, &Key) {
+        (self.birth, &self.key)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Width {
+    Workloads,
+    Namespace,
+    Mesh,
+}
+
 #[derive(Debug)]
 pub(crate) struct Policies<P> {
     by_key: BTreeMap<Key, Arc<Selected<P>>>,
@@ -62,7 +88,7 @@ impl<P> Policies<P> {
     pub(crate) fn selecting(&self, pod: &Pod) -> Vec<&Arc<Selected<P>>> {
         let keys = self.selectors.matching(&pod.key.namespace, &pod.labels);
         let mut found: Vec<_> = keys.iter().filter_map(|key| self.by_key.get(key)).collect();
-        found.sort_by_key(|policy| (policy.birth, &policy.key));
+        found.sort_by_key(|policy| policy.rank());
         found
     }
 }

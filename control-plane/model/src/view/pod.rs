@@ -90,18 +90,9 @@ impl Model {
 
 /// One policy of each width: of the workload, of its namespace, of the mesh. Of several the oldest.
 fn narrowest_first<P>(selecting: Vec<&Arc<Selected<P>>>) -> Vec<&Selected<P>> {
-    let width = |policy: &Selected<P>| {
-        if !policy.selector.is_empty() {
-            0
-        } else if policy.scope.is_some() {
-            1
-        } else {
-            2
-        }
-    };
     // The sort is stable, and the oldest came first.
     let mut policies: Vec<&Selected<P>> = selecting.into_iter().map(|policy| &**policy).collect();
-    policies.sort_by_key(|policy| width(policy));
-    policies.dedup_by_key(|policy| width(policy));
+    policies.sort_by_key(|policy| policy.width());
+    policies.dedup_by_key(|policy| policy.width());
     policies
 }
