@@ -50,6 +50,18 @@ fn names_http1(line: &[u8]) -> bool {
         .any(|version| line.ends_with(version))
 }
 
+/// Whether a list of a header (RFC 9110 §5.6.1) names `token`, in whatever case.
+pub fn lists(value: &[u8], token: &[u8]) -> bool {
+    let mut members = value.split(|byte| *byte == b',');
+    members.any(|member| member.trim_ascii().eq_ignore_ascii_case(token))
+}
+
+/// Whether a proxy may leave HTTP for what an `Upgrade` header offers: anything but HTTP/2 over
+/// cleartext, whose requests it would lose sight of.
+pub fn may_leave_for(protocols: &[u8]) -> bool {
+    !protocols.trim_ascii().is_empty() && !lists(protocols, b"h2c")
+}
+
 /// RFC 9110 §5.6.2.
 fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
@@ -116,7 +128,11 @@ struct Head {
     length: Option<u64>,
     chunked: bool,
     http10: bool,
-    leaves_http: bool,
+    connect: bool,
+    /// The `Upgrade` headers so far, and whether a proxy may grant what they offer.
+    offers: Option<bool>,
+    /// `Connection` names `upgrade`, without which `Upgrade` is for nobody (RFC 9110 §7.8).
+    nominated: bool,
 }
 
 /// The line being read: its first bytes, its length, and its last byte.
@@ -209,10 +225,10 @@ impl Scanner {
             State::Start if empty => State::Start,
             State::Start => {
                 let http10 = line.ends_with(b" HTTP/1.0\r");
-                let leaves_http = text.starts_with(b"CONNECT ");
+                let connect = text.starts_with(b"CONNECT ");
                 self.head = Head {
                     http10,
-                    leaves_http,
+                    connect,
                     ..Head::default()
                 };
                 State::Headers
@@ -242,12 +258,12 @@ impl Scanner {
             length,
             chunked,
             http10,
-            leaves_http,
+            ..
         } = self.head;
         match (chunked, length) {
             (true, Some(_)) => Err(Violation::TwoFramings),
             (true, None) if http10 => Err(Violation::OldTransferEncoding),
-            _ if leaves_http => Ok(State::Paused),
+            _ if self.head.leaves_http() => Ok(State::Paused),
             (true, None) => Ok(State::ChunkSize),
             (false, None | Some(0)) => Ok(State::Start),
             (false, Some(length)) => Ok(State::Body(length)),
@@ -283,10 +299,18 @@ impl Head {
             }
             self.chunked = true;
         } else if name.eq_ignore_ascii_case(b"upgrade") {
-            // A proxy never grants h2c: HTTP/1 goes on behind such a request.
-            self.leaves_http |= !value.is_some_and(|v| v.eq_ignore_ascii_case(b"h2c"));
+            let first = self.offers.is_none();
+            self.offers = Some(first && value.is_some_and(may_leave_for));
+        } else if name.eq_ignore_ascii_case(b"connection") {
+            self.nominated |= value.is_some_and(|names| lists(names, b"upgrade"));
         }
         Ok(())
+    }
+
+    /// Only where whoever acts on the request must say so too: what stays HTTP stays followed.
+    /// `Upgrade` and `Connection` in lines too long to be kept ask for nothing.
+    fn leaves_http(&self) -> bool {
+        self.connect || !self.http10 && self.nominated && self.offers == Some(true)
     }
 }
 

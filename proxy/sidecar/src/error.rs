@@ -217,6 +217,8 @@ pub(crate) fn inbound_response(error: &ProxyError, request: RequestKind) -> Resp
 pub(crate) struct RequestKind {
     pub(crate) grpc: bool,
     pub(crate) http2: bool,
+    /// It asked to leave HTTP: what its client sends next may be of another protocol.
+    pub(crate) upgrade: bool,
 }
 
 fn respond(error: &ProxyError, request: RequestKind, text: &str) -> Response<ResponseBody> {
@@ -231,7 +233,7 @@ fn respond(error: &ProxyError, request: RequestKind, text: &str) -> Response<Res
     };
     let headers = response.headers_mut();
     headers.insert(ERROR_HEADER, HeaderValue::from_static(error.code()));
-    if error.closes() && !request.http2 {
+    if (error.closes() || request.upgrade) && !request.http2 {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -280,6 +282,7 @@ mod tests {
         let request = RequestKind {
             grpc: true,
             http2: true,
+            upgrade: false,
         };
         let response = outbound_response(&error, request);
         assert_eq!(response.status(), 200);

@@ -116,7 +116,8 @@ impl Service {
         self.view.borrow().clone()
     }
 
-    fn refresh(&self) -> Result<(), Gone> {
+    /// Takes up what has changed.
+    pub(crate) fn refresh(&self) -> Result<(), Gone> {
         if self.watch.borrow().has_changed().map_err(|_| Gone)? {
             let view = self.watch.borrow_mut().borrow_and_update().clone();
             *self.view.borrow_mut() = view;

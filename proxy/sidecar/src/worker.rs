@@ -27,12 +27,14 @@ use crate::{
     circuit::Circuit,
     drain::Stage,
     endpoint::Endpoint,
+    error::ProxyError,
     http::mirror::Copies,
     inbound::Inbound,
     limits::Permit,
+    mesh::Lookup,
     observe::{Direction, Refusal, RefusalReason},
     outbound,
-    service::{self, Service},
+    service::{self, Gone, Port, Service},
     shared::{Shared, SharedService},
 };
 
@@ -89,11 +91,14 @@ impl Worker {
         self.shared.clock.now()
     }
 
-    /// A Service, asked for on first use and again when it went away.
+    /// A Service as it is now, asked for on first use and again when it went away.
     pub(crate) async fn service(&self, key: &ServiceKey) -> Option<Rc<Service>> {
         let known = self.services.borrow().get(key).cloned();
-        if known.is_some() {
-            return known;
+        if let Some(known) = known {
+            match known.refresh() {
+                Ok(()) => return Some(known),
+                Err(Gone) => self.forget(&known),
+            }
         }
         let watch = self.shared.mesh.service(key).await?;
         let mut services = self.services.borrow_mut();
@@ -105,8 +110,26 @@ impl Worker {
         )
     }
 
+    /// One of a Service's ports as it is now.
+    pub(crate) async fn port(
+        &self,
+        key: &ServiceKey,
+        port: u16,
+    ) -> Result<(Rc<Service>, Rc<Port>), ProxyError> {
+        let gone = || ProxyError::NoService(key.clone());
+        let service = self.service(key).await.ok_or_else(gone)?;
+        match service.port(self, port) {
+            Ok(Some(found)) => Ok((service, found)),
+            Ok(None) => Err(ProxyError::NoPort {
+                service: key.clone(),
+                port,
+            }),
+            Err(Gone) => Err(gone()),
+        }
+    }
+
     /// Forgets a Service whose watch has ended, so that the next use asks for it anew.
-    pub(crate) fn forget(&self, gone: &Rc<Service>) {
+    fn forget(&self, gone: &Rc<Service>) {
         let mut services = self.services.borrow_mut();
         if services
             .get(&gone.key)
@@ -137,6 +160,31 @@ impl Worker {
             direct.insert(key, endpoint.clone());
         }
         Some(endpoint)
+    }
+
+    /// What stands now at the address of `known`, a pod called by it. It stays what it was where
+    /// nothing is known: a peer of the mesh is never spoken to but in mutual TLS, and what was none
+    /// is refused then, since it may have become one.
+    pub(crate) async fn pod_at(&self, known: &Rc<Endpoint>) -> Result<Rc<Endpoint>, ProxyError> {
+        let refused = |why: &str| {
+            let address = known.address;
+            Err(ProxyError::Connect {
+                address,
+                reason: why.into(),
+            })
+        };
+        match self.shared.mesh.destination(known.address.ip()).await {
+            Lookup::Workload(workload) => match self.direct(&workload, known.address.port()) {
+                Some(endpoint) => Ok(endpoint),
+                None => refused("the pod's uid makes no server name"),
+            },
+            Lookup::Unknown => Ok(known.clone()),
+            Lookup::Unanswered if known.peer.is_some() => Ok(known.clone()),
+            Lookup::Unanswered => refused(
+                "what stands there now is not known, since the control plane did not answer",
+            ),
+            Lookup::Service(_) => refused("it is the address of a Service now"),
+        }
     }
 
     /// What stands in for limits where no Service sets any.

@@ -77,7 +77,7 @@ fn smuggled_framing_in_a_pipelined_request_is_found() {
 fn nothing_is_read_into_what_follows_an_upgrade() {
     for head in [
         "CONNECT a:1 HTTP/1.1\r\n",
-        "GET / HTTP/1.1\r\nupgrade: websocket\r\n",
+        "GET / HTTP/1.1\r\nupgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n",
     ] {
         let bytes = format!("{head}Host: a\r\n\r\n\n\nraw\n").into_bytes();
         assert_eq!(scan_in_pieces(&bytes, 3).1, None);
@@ -85,9 +85,36 @@ fn nothing_is_read_into_what_follows_an_upgrade() {
 }
 
 #[test]
-fn a_request_that_offers_h2c_stays_followed() {
-    let bytes = b"GET / HTTP/1.1\r\nUpgrade: h2c\r\n\r\nGET /\n";
-    assert_eq!(scan_in_pieces(bytes, 9).1, Some(Violation::BareLineFeed));
+fn a_request_that_only_seems_to_leave_http_stays_followed() {
+    let long = format!("Upgrade: {}\r\nConnection: upgrade", "x".repeat(KEPT));
+    for (version, headers) in [
+        ("1.1", "Upgrade: h2c\r\nConnection: upgrade"),
+        ("1.1", "Upgrade: websocket, h2c\r\nConnection: upgrade"),
+        (
+            "1.1",
+            "Upgrade: websocket\r\nUpgrade: h2c\r\nConnection: upgrade",
+        ),
+        (
+            "1.1",
+            "Upgrade: h2c\r\nUpgrade: websocket\r\nConnection: upgrade",
+        ),
+        ("1.1", "Upgrade: \r\nConnection: upgrade"),
+        ("1.1", "Upgrade: websocket"),
+        (
+            "1.1",
+            "Upgrade: websocket\r\nConnection: keep-alive, upgrades",
+        ),
+        ("1.0", "Upgrade: websocket\r\nConnection: upgrade"),
+        ("1.1", &long),
+    ] {
+        let bytes = format!("GET / HTTP/{version}\r\n{headers}\r\n\r\nGET /\n");
+        let verdict = scan_in_pieces(bytes.as_bytes(), 9).1;
+        assert_eq!(
+            verdict,
+            Some(Violation::BareLineFeed),
+            "{version} {headers}"
+        );
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 
 use super::{
     exchange::{End, Finish},
+    headers::strip_internal,
     progress::Progress,
 };
 
@@ -186,7 +187,7 @@ impl Replay {
                     .map(|trailers| Ok(Frame::trailers(trailers))),
             );
         }
-        let frame = match ready!(Pin::new(&mut kept.body).poll_frame(cx)) {
+        let mut frame = match ready!(Pin::new(&mut kept.body).poll_frame(cx)) {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
             None => {
@@ -198,7 +199,10 @@ impl Replay {
         if let Some(data) = frame.data_ref() {
             self.sent += data.len() as u64;
             self.next += usize::from(kept.keep(data));
-        } else if let Some(trailers) = frame.trailers_ref() {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        strip_trailers(&mut frame);
+        if let Some(trailers) = frame.trailers_ref() {
             kept.ended = true;
             kept.trailers = kept.limit.is_some().then(|| trailers.clone());
             self.trailers_sent = true;
@@ -225,6 +229,13 @@ impl Kept {
     }
 }
 
+/// Servers that put trailers among the headers must not find there what only a proxy may say.
+fn strip_trailers(frame: &mut Frame<Bytes>) {
+    if let Some(trailers) = frame.trailers_mut() {
+        strip_internal(trailers);
+    }
+}
+
 fn add(count: &Cell<u64>, bytes: usize) {
     count.set(count.get() + bytes as u64);
 }
@@ -240,9 +251,12 @@ impl Body for RequestBody {
         match &mut *self {
             Self::Empty => Poll::Ready(None),
             Self::Stream { body, progress } => {
-                let frame = ready!(Pin::new(body).poll_frame(cx));
-                if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()?.data_ref()) {
-                    add(&progress.received, data.len());
+                let mut frame = ready!(Pin::new(body).poll_frame(cx));
+                if let Some(Ok(frame)) = &mut frame {
+                    match frame.data_ref() {
+                        Some(data) => add(&progress.received, data.len()),
+                        None => strip_trailers(frame),
+                    }
                 }
                 Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }

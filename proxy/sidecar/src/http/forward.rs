@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration};
 
-use http::{Request, Response, Version, request::Parts};
+use http::{Method, Request, Response, StatusCode, Version, request::Parts};
 use hyper::body::Incoming;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use turnpike_rules::{route::Route, traffic::TrafficPolicy};
@@ -37,10 +37,13 @@ pub(crate) struct Destination {
     pub(crate) route: Option<Arc<Route>>,
 }
 
+#[derive(Clone)]
 pub(crate) enum Picker {
     Among(Rc<Port>),
-    /// The caller chose.
-    Only(Rc<Endpoint>),
+    /// A pod that the caller chose.
+    Pod(Rc<Endpoint>),
+    /// This pod's own application.
+    Application(Rc<Endpoint>),
 }
 
 /// The policy, held by whatever it came in.
@@ -65,14 +68,35 @@ impl Picker {
     pub(crate) fn pick(&self, worker: &Worker, tried: &[Rc<Endpoint>]) -> Option<Rc<Endpoint>> {
         match self {
             Self::Among(port) => port.pick(worker, tried),
-            Self::Only(endpoint) => Some(endpoint.clone()),
+            Self::Pod(endpoint) | Self::Application(endpoint) => Some(endpoint.clone()),
+        }
+    }
+
+    /// What stands there now. To be asked again before anything is dialled that was looked up a
+    /// while ago: by now the address may be that of a pod which must be spoken to in mutual TLS.
+    pub(crate) async fn renewed(&self, worker: &Rc<Worker>) -> Result<Self, ProxyError> {
+        match self {
+            Self::Application(_) => Ok(self.clone()),
+            Self::Pod(endpoint) => worker.pod_at(endpoint).await.map(Self::Pod),
+            Self::Among(port) => {
+                let key = &port.view.service.key;
+                let (_, port) = worker.port(key, port.port).await?;
+                Ok(Self::Among(port))
+            }
         }
     }
 
     fn endpoints(&self) -> usize {
         match self {
             Self::Among(port) => port.endpoints(),
-            Self::Only(_) => 1,
+            Self::Pod(_) | Self::Application(_) => 1,
+        }
+    }
+
+    fn has_mesh_peers(&self) -> bool {
+        match self {
+            Self::Among(port) => port.has_mesh_peers(),
+            Self::Pod(endpoint) | Self::Application(endpoint) => endpoint.peer.is_some(),
         }
     }
 }
@@ -208,6 +232,7 @@ type Tried = (Response<Incoming>, Lease, Rc<Endpoint>, InFlight);
 struct Tries<'a> {
     worker: &'a Rc<Worker>,
     to: &'a Destination,
+    picker: Picker,
     plan: Plan<'a>,
     inside: Inside,
     /// The request, while no try holds it.
@@ -219,6 +244,8 @@ struct Tries<'a> {
     retries: u32,
     /// Tries in a row that met a pooled connection just as it was closed.
     stale: u32,
+    /// It asks for another protocol, which the answer may grant.
+    upgrade: bool,
 }
 
 /// Pooled connections that may turn out closed before a request counts as failed.
@@ -235,6 +262,7 @@ impl<'a> Tries<'a> {
         keep_for_copy: bool,
     ) -> Self {
         let mut plan = Plan::new(&to.policy.retry, to.route.as_deref(), &parts.method);
+        let connect = parts.method == Method::CONNECT;
         if upgrade {
             plan.attempts = plan.attempts.min(1);
         }
@@ -246,7 +274,7 @@ impl<'a> Tries<'a> {
             parts.version = Version::HTTP_11;
         }
         // A stream can be refused after all of it was sent.
-        let tells = inside == Inside::Http2 || to.has_mesh_peers();
+        let tells = inside == Inside::Http2 || to.picker.has_mesh_peers();
         let resend = !upgrade && plan.may_resend(tells);
         let keep = (resend || keep_for_copy).then_some(worker.shared.config.bounds.replay_bytes);
         let (body, source) = RequestBody::new(body, &exchange.progress, keep);
@@ -254,6 +282,7 @@ impl<'a> Tries<'a> {
         Self {
             worker,
             to,
+            picker: to.picker.clone(),
             plan,
             inside,
             request: Some(Request::from_parts(parts, body)),
@@ -262,12 +291,13 @@ impl<'a> Tries<'a> {
             tried: Vec::new(),
             retries: 0,
             stale: 0,
+            upgrade: upgrade && !connect,
         }
     }
 
     async fn run(&mut self, exchange: &mut Exchange) -> Result<Tried, ProxyError> {
         loop {
-            let endpoint = self.to.picker.pick(self.worker, &self.tried);
+            let endpoint = self.picker.pick(self.worker, &self.tried);
             let endpoint =
                 endpoint.ok_or_else(|| ProxyError::NoEndpoint(self.to.circuit.name.clone()))?;
             exchange.attempts += 1;
@@ -309,12 +339,13 @@ impl<'a> Tries<'a> {
             self.tried.push(endpoint);
             self.retries += 1;
             self.pause(error.as_ref()).await;
+            self.picker = self.picker.renewed(self.worker).await?;
         }
     }
 
     /// Another endpoint need not be waited for when one could not be reached.
     async fn pause(&self, error: Option<&ProxyError>) {
-        let elsewhere = self.to.picker.endpoints() > self.tried.len();
+        let elsewhere = self.picker.endpoints() > self.tried.len();
         if !(elsewhere && matches!(error, Some(ProxyError::Connect { .. }))) {
             sleep(self.plan.pause(self.retries, fastrand::f64())).await;
         }
@@ -341,6 +372,13 @@ impl<'a> Tries<'a> {
             // Connecting once is no measure of how fast it answers.
             begun.set(self.worker.now());
             let response = lease.send(request).await?;
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS && !self.upgrade {
+                return Err(Failed {
+                    error: ProxyError::BadAnswer("it left HTTP without being asked".into()),
+                    request: None,
+                    reused: false,
+                });
+            }
             Ok((response, lease))
         };
         let Some(after) = try_timeout(self.to) else {
@@ -456,8 +494,7 @@ impl<'a> Tries<'a> {
 
     /// Counts a failure of one endpoint among others. One that the caller chose has no others.
     fn eject(&self, endpoint: &Endpoint, now: std::time::Instant) -> bool {
-        let (Some(outlier), Picker::Among(port)) = (&self.to.policy.outlier, &self.to.picker)
-        else {
+        let (Some(outlier), Picker::Among(port)) = (&self.to.policy.outlier, &self.picker) else {
             return false;
         };
         let Shared {
@@ -470,14 +507,5 @@ impl<'a> Tries<'a> {
             observer.out(service, out);
         }
         out.is_some()
-    }
-}
-
-impl Destination {
-    fn has_mesh_peers(&self) -> bool {
-        match &self.picker {
-            Picker::Among(port) => port.has_mesh_peers(),
-            Picker::Only(endpoint) => endpoint.peer.is_some(),
-        }
     }
 }

@@ -6,6 +6,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts,
     uri::PathAndQuery,
 };
+use turnpike_detect::http1::{lists, may_leave_for};
 use turnpike_rules::{
     host::{self, HostOrIp},
     path,
@@ -13,8 +14,35 @@ use turnpike_rules::{
 
 use crate::error::ProxyError;
 
-/// Headers that this proxy alone may set on what goes to an application.
+/// Says to an application who calls; this proxy alone may set it.
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+
+/// What only a proxy may say to an application: who calls, in Envoy's and Istio's words too.
+const INTERNAL: [&str; 6] = [
+    "x-forwarded-client-cert",
+    "x-envoy-internal",
+    "x-envoy-original-dst-host",
+    "x-envoy-peer-metadata",
+    "x-envoy-peer-metadata-id",
+    "x-istio-attributes",
+];
+/// And whatever begins like this.
+const OURS: &str = "x-turnpike-";
+
+/// What this proxy takes from a message or writes into it. With an underscore it means nothing
+/// here, and may to a server that takes `_` and `-` for the same, as CGI and its heirs do.
+const TAKEN: [&str; 10] = [
+    "content-length",
+    "http2-settings",
+    "keep-alive",
+    "proxy-connection",
+    "transfer-encoding",
+    "x-b3-flags",
+    "x-b3-parentspanid",
+    "x-b3-sampled",
+    "x-b3-spanid",
+    "x-b3-traceid",
+];
 
 /// Constants: a name given as text is parsed at each look.
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -141,11 +169,13 @@ fn same_authority(a: Option<&HeaderValue>, b: Option<&HeaderValue>) -> bool {
 
 /// Takes what concerns one hop alone; true where the request asks to leave HTTP and may.
 fn take_hop(parts: &mut Parts) -> bool {
+    let connect = parts.method == Method::CONNECT;
     if parts.version == Version::HTTP_2 {
-        // h2 has refused connection-specific fields; extended CONNECT is not offered.
-        return parts.method == Method::CONNECT;
+        // h2 has refused connection-specific fields but `te: trailers`; extended CONNECT is not
+        // offered.
+        return connect;
     }
-    let upgrade = parts.method == Method::CONNECT || grantable_upgrade(&parts.headers);
+    let upgrade = connect || parts.version == Version::HTTP_11 && asks_to_upgrade(&parts.headers);
     let kept = upgrade
         .then(|| parts.headers.get(header::UPGRADE).cloned())
         .flatten();
@@ -160,15 +190,14 @@ fn take_hop(parts: &mut Parts) -> bool {
     upgrade
 }
 
-/// Any protocol but HTTP/2 over cleartext: a proxy that passed that on would lose sight of the
-/// requests.
-fn grantable_upgrade(headers: &HeaderMap) -> bool {
-    headers.get(header::UPGRADE).is_some_and(|protocol| {
-        let text = protocol.as_bytes();
-        !text
-            .split(|byte| *byte == b',')
-            .any(|p| p.trim_ascii().eq_ignore_ascii_case(b"h2c"))
-    })
+/// RFC 9110 §7.8. The scanner in front of the parser asks the same: where it does not stop to
+/// follow requests, none leaves HTTP.
+fn asks_to_upgrade(headers: &HeaderMap) -> bool {
+    let mut offers = headers.get_all(header::UPGRADE).iter();
+    let offered = offers.next().is_some_and(|p| may_leave_for(p.as_bytes()));
+    let connection = headers.get_all(header::CONNECTION);
+    let nominated = |value: &HeaderValue| lists(value.as_bytes(), b"upgrade");
+    offered && offers.next().is_none() && connection.iter().any(nominated)
 }
 
 /// Names that `Connection` may nominate without effect: what frames and directs the message.
@@ -198,12 +227,51 @@ pub(crate) fn strip_hop(headers: &mut HeaderMap) {
     headers.remove(header::UPGRADE);
     headers.remove(&KEEP_ALIVE);
     headers.remove(&PROXY_CONNECTION);
-    let te = headers
-        .get(header::TE)
-        .map(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    if te == Some(false) {
-        headers.remove(header::TE);
+    strip_te(headers);
+}
+
+/// Of what the sender takes in transfer codings, whether it takes trailers holds on the next hop
+/// too; gRPC's servers ask for it.
+fn strip_te(headers: &mut HeaderMap) {
+    const TRAILERS: HeaderValue = HeaderValue::from_static("trailers");
+    let (mut trailers, mut others) = (false, false);
+    for value in headers.get_all(header::TE) {
+        for coding in value.as_bytes().split(|byte| *byte == b',') {
+            let is_trailers = coding.trim_ascii().eq_ignore_ascii_case(b"trailers");
+            others |= trailers || !is_trailers;
+            trailers |= is_trailers;
+        }
     }
+    match (trailers, others) {
+        (true, true) => drop(headers.insert(header::TE, TRAILERS)),
+        (false, true) => drop(headers.remove(header::TE)),
+        (_, false) => {}
+    }
+}
+
+/// Takes what only a proxy may say to an application, and what a server may take for what frames
+/// the message, in all spellings that a server may take for the same.
+pub(crate) fn strip_internal(headers: &mut HeaderMap) {
+    while let Some(name) = headers.keys().find(|name| is_internal(name.as_str())) {
+        let name = name.clone();
+        headers.remove(name);
+    }
+}
+
+fn is_internal(name: &str) -> bool {
+    let folds = name.contains('_');
+    if !folds && !name.starts_with('x') {
+        return false;
+    }
+    let spells = |name: &str, known: &str| {
+        let mut pairs = known.bytes().zip(name.bytes());
+        known.len() == name.len() && pairs.all(|(k, n)| k == n || k == b'-' && n == b'_')
+    };
+    let among = |known: &[&str]| known.iter().any(|known| spells(name, known));
+    let ours = name
+        .get(..OURS.len())
+        .is_some_and(|start| spells(start, OURS));
+    ours || among(&INTERNAL) || folds && among(&TAKEN)
 }
 
 /// The path in the form that is judged; `Cow::Owned` where it differs from what came.
@@ -240,13 +308,9 @@ pub(crate) fn set_host(parts: &mut Parts, host: &str) -> Result<(), ProxyError> 
 
 /// Says who calls, in place of whatever the caller said itself.
 pub(crate) fn set_client_cert(headers: &mut HeaderMap, value: Option<&HeaderValue>) {
-    match value {
-        Some(value) => {
-            headers.insert(CLIENT_CERT, value.clone());
-        }
-        None => {
-            headers.remove(CLIENT_CERT);
-        }
+    strip_internal(headers);
+    if let Some(value) = value {
+        headers.insert(CLIENT_CERT, value.clone());
     }
 }
 
@@ -303,6 +367,93 @@ mod tests {
                 .header("host", "b"),
         );
         assert!(check(&mut differs).is_err());
+    }
+
+    #[test]
+    fn of_all_transfer_codings_trailers_alone_stay() {
+        for (values, left) in [
+            (vec!["trailers"], Some("trailers")),
+            (vec!["Trailers "], Some("Trailers")),
+            (vec!["gzip"], None),
+            (vec!["trailers", "chunked"], Some("trailers")),
+            (vec!["gzip;q=0.5, trailers"], Some("trailers")),
+            (vec!["trailers", "trailers"], Some("trailers")),
+            (vec!["trailers;q=1"], None),
+        ] {
+            let mut request = Request::get("/").header("host", "a");
+            for value in &values {
+                request = request.header("te", value.trim());
+            }
+            let mut parts = parts(request);
+            check(&mut parts).unwrap();
+            let te: Vec<_> = parts.headers.get_all("te").iter().collect();
+            assert_eq!(te, left.into_iter().collect::<Vec<_>>(), "{values:?}");
+        }
+    }
+
+    #[test]
+    fn what_only_a_proxy_says_goes_in_every_spelling() {
+        let spoofed = [
+            "x-forwarded-client-cert",
+            "X-Forwarded_Client_Cert",
+            "x_forwarded_client_cert",
+            "x-envoy-peer-metadata",
+            "x_envoy_peer_metadata_id",
+            "X-Turnpike-Error",
+            "x_turnpike_anything",
+            "transfer_encoding",
+            "Content_Length",
+            "x_b3-sampled",
+        ];
+        let kept = [
+            "x-b3-sampled",
+            "x-forwarded-for",
+            "x-turnpikes",
+            "under_score",
+            "x-forwarded-client-certs",
+        ];
+        let mut headers = HeaderMap::new();
+        for name in spoofed.iter().chain(&kept) {
+            let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
+            headers.append(&name, HeaderValue::from_static("a"));
+            headers.append(&name, HeaderValue::from_static("b"));
+        }
+        strip_internal(&mut headers);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        let mut kept = kept.to_vec();
+        left.sort_unstable();
+        kept.sort_unstable();
+        assert_eq!(left, kept);
+    }
+
+    #[test]
+    fn an_upgrade_that_connection_does_not_name_is_for_this_hop() {
+        let headers = |version, upgrade: &[&'static str], connection: &'static str| {
+            let mut request = Request::get("/").version(version).header("host", "a");
+            for protocol in upgrade {
+                request = request.header("upgrade", *protocol);
+            }
+            parts(request.header("connection", connection))
+        };
+        let (old, new) = (Version::HTTP_10, Version::HTTP_11);
+        for (version, upgrade, connection) in [
+            (new, &["websocket"][..], "keep-alive"),
+            (new, &["websocket"], "upgrades"),
+            (new, &["websocket, h2c"], "upgrade"),
+            (new, &["websocket", "h2c"], "upgrade"),
+            (new, &["h2c", "websocket"], "upgrade"),
+            (new, &[""], "upgrade"),
+            (old, &["websocket"], "upgrade"),
+        ] {
+            let mut parts = headers(version, upgrade, connection);
+            assert!(
+                !check(&mut parts).unwrap().upgrade,
+                "{upgrade:?} {connection}"
+            );
+            assert_eq!(parts.headers.len(), 1, "{:?}", parts.headers);
+        }
+        let mut parts = headers(new, &["websocket"], "keep-alive, Upgrade");
+        assert!(check(&mut parts).unwrap().upgrade);
     }
 
     #[test]

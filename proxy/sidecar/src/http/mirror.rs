@@ -14,7 +14,13 @@ use super::{
     body::{RequestBody, Source},
     forward::InFlight,
 };
-use crate::{observe::Mirrored, pool::Pool, service::Service, tls::Inside, worker::Worker};
+use crate::{
+    observe::Mirrored,
+    pool::Pool,
+    service::{Port, Service},
+    tls::Inside,
+    worker::Worker,
+};
 
 /// Copies under way at once, of one worker. Past it, further ones are dropped and counted.
 const MOST: usize = 128;
@@ -110,7 +116,7 @@ async fn deliver(
     port: u16,
     request: Request<RequestBody>,
 ) -> Option<Mirrored> {
-    let service = worker.service(key).await?;
+    let (service, port) = worker.port(key, port).await.ok()?;
     let deadline = service
         .view()
         .service
@@ -118,7 +124,7 @@ async fn deliver(
         .timeouts
         .request
         .unwrap_or(DEADLINE);
-    timeout(deadline, exchange(worker, &service, port, request))
+    timeout(deadline, exchange(worker, &service, &port, request))
         .await
         .ok()?
 }
@@ -126,14 +132,9 @@ async fn deliver(
 async fn exchange(
     worker: &Rc<Worker>,
     service: &Rc<Service>,
-    port: u16,
+    port: &Port,
     request: Request<RequestBody>,
 ) -> Option<Mirrored> {
-    let Ok(found) = service.port(worker, port) else {
-        worker.forget(service);
-        return None;
-    };
-    let port = found?;
     // The copies must not push out the requests that the Service's own callers send.
     let limit = port.view.service.traffic.circuit.max_requests;
     let Some(_permit) = service.shared.requests.try_acquire(limit) else {

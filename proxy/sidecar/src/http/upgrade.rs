@@ -33,8 +33,7 @@ impl Asked {
     }
 
     /// Passes the answer on. Where it grants what was asked, bytes flow from then on and not
-    /// before; where not, the connection serves no further request, since what the client sends
-    /// next may be meant for the other protocol.
+    /// before; where not, the connection serves no further request.
     pub(crate) fn answer(
         self,
         worker: &Rc<Worker>,
@@ -49,8 +48,7 @@ impl Asked {
             let mut response = answered.into_response(exchange);
             strip_hop(response.headers_mut());
             if !http2 {
-                let close = HeaderValue::from_static("close");
-                response.headers_mut().insert(header::CONNECTION, close);
+                serve_no_more(&mut response);
             }
             return response;
         }
@@ -93,6 +91,13 @@ impl Asked {
         let (parts, _) = response.into_parts();
         Response::from_parts(parts, ResponseBody::empty())
     }
+}
+
+/// Has the connection end with this answer to a request that asked to leave HTTP and did not: what
+/// the client sends next may be meant for the other protocol.
+pub(crate) fn serve_no_more(response: &mut Response<ResponseBody>) {
+    let close = HeaderValue::from_static("close");
+    response.headers_mut().insert(header::CONNECTION, close);
 }
 
 async fn relay(client: Upgraded, server: Upgraded, counts: &tcp::Counts) {

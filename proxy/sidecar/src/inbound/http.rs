@@ -70,6 +70,7 @@ impl Handler for Requests {
         let kind = RequestKind {
             grpc: checked.grpc,
             http2,
+            upgrade: checked.upgrade,
         };
         let asked = if checked.upgrade {
             Asked::take(&mut parts)
@@ -123,7 +124,7 @@ impl Requests {
     fn destination(&self) -> Destination {
         let inbound = &self.caller.worker.inbound;
         Destination {
-            picker: Picker::Only(self.app.clone()),
+            picker: Picker::Application(self.app.clone()),
             circuit: inbound.circuit.clone(),
             shared: inbound.shared.clone(),
             policy: Policy::Own(inbound.policy.clone()),

@@ -8,7 +8,7 @@ use turnpike_rules::route::{RequestView, Route};
 
 use super::Direct;
 use crate::{
-    error::{ProxyError, RequestKind, outbound_response},
+    error::{ERROR_HEADER, ProxyError, RequestKind, outbound_response},
     http::{
         Handler,
         body::ResponseBody,
@@ -17,7 +17,7 @@ use crate::{
         forward::{Answered, Destination, Picker, Policy, forward},
         headers::{self, Checked},
         mirror::Copy,
-        upgrade::Asked,
+        upgrade::{self, Asked},
     },
     service::{Port, Service},
     worker::Worker,
@@ -29,7 +29,7 @@ pub(super) enum Target {
         service: RefCell<Rc<Service>>,
         port: u16,
     },
-    Pod(Direct),
+    Pod(RefCell<Rc<Direct>>),
 }
 
 /// Answers the requests of one connection of the application.
@@ -54,6 +54,7 @@ impl Handler for Outbound {
         let kind = RequestKind {
             grpc: checked.grpc,
             http2,
+            upgrade: checked.upgrade,
         };
         let answered = match refused {
             Some(error) => Err(error),
@@ -63,7 +64,12 @@ impl Handler for Outbound {
             Ok(Answer::Forwarded(finishing)) => {
                 return finishing.finish(&self.worker, exchange, http2);
             }
-            Ok(Answer::Own(response)) => response,
+            Ok(Answer::Own(mut response)) => {
+                if kind.upgrade && !http2 {
+                    upgrade::serve_no_more(&mut response);
+                }
+                response
+            }
             Err(error) => {
                 exchange.failed(&error);
                 outbound_response(&error, kind)
@@ -101,7 +107,12 @@ impl Forwarded {
         exchange.series = Some(endpoint.http_series(&*worker.shared.observer, grpc));
         exchange.callee = endpoint.identity().cloned();
         exchange.service = endpoint.service.clone();
+        let of_mesh = endpoint.peer.is_some();
         let response = &mut self.answered.response;
+        if !of_mesh {
+            // It says that a proxy answers, and there is none.
+            response.headers_mut().remove(&ERROR_HEADER);
+        }
         exchange.responded(response.status(), response.headers());
         if let Some(route) = &self.route {
             filters::on_response(&route.filters, response.headers_mut());
@@ -142,13 +153,12 @@ impl Outbound {
         exchange: &mut Exchange,
     ) -> Result<Answer, ProxyError> {
         let mut to = match &self.target {
-            Target::Pod(direct) => Destination {
-                picker: Picker::Only(direct.endpoint.clone()),
-                circuit: direct.circuit.clone(),
-                shared: direct.shared.clone(),
-                policy: direct.policy.clone(),
-                route: None,
-            },
+            Target::Pod(direct) => {
+                self.current_pod(direct)
+                    .await?
+                    .destination(&self.worker)
+                    .await
+            }
             Target::Service { service, port } => {
                 let (service, port) = self.current(service, *port).await?;
                 destination(&service, port)
@@ -167,7 +177,7 @@ impl Outbound {
         // Known before a response is: failures count for the Service too.
         exchange.service = match &to.picker {
             Picker::Among(port) => Some(port.view.service.key.clone()),
-            Picker::Only(endpoint) => endpoint.service.clone(),
+            Picker::Pod(endpoint) | Picker::Application(endpoint) => endpoint.service.clone(),
         };
         let copy = to.route.as_ref().and_then(|route| {
             let of_backend = route.backends.get(backend).into_iter();
@@ -214,21 +224,24 @@ impl Outbound {
         port: u16,
     ) -> Result<(Rc<Service>, Rc<Port>), ProxyError> {
         let service = held.borrow().clone();
-        let no_port = || ProxyError::NoPort {
-            service: service.key.clone(),
-            port,
-        };
-        if let Ok(found) = service.port(&self.worker, port) {
-            return Ok((service.clone(), found.ok_or_else(no_port)?));
+        if let Ok(Some(found)) = service.port(&self.worker, port) {
+            return Ok((service, found));
         }
-        self.worker.forget(&service);
-        let again = self.worker.service(&service.key).await;
-        let again = again.ok_or_else(|| ProxyError::NoService(service.key.clone()))?;
-        *held.borrow_mut() = again.clone();
-        match again.port(&self.worker, port) {
-            Ok(found) => Ok((again, found.ok_or_else(no_port)?)),
-            Err(_) => Err(ProxyError::NoService(service.key.clone())),
+        let (service, found) = self.worker.port(&service.key, port).await?;
+        held.replace(service.clone());
+        Ok((service, found))
+    }
+
+    /// What stands now at the address that the connection was opened to.
+    async fn current_pod(&self, held: &RefCell<Rc<Direct>>) -> Result<Rc<Direct>, ProxyError> {
+        let direct = held.borrow().clone();
+        let endpoint = self.worker.pod_at(&direct.endpoint).await?;
+        if Rc::ptr_eq(&endpoint, &direct.endpoint) {
+            return Ok(direct);
         }
+        let direct = Rc::new(Direct::new(&self.worker, endpoint));
+        held.replace(direct.clone());
+        Ok(direct)
     }
 
     /// The route for a request; `None` where the Service has none and takes all itself.
@@ -290,10 +303,7 @@ impl Outbound {
             .iter()
             .position(|each| std::ptr::eq(each, backend));
         filters::on_request(&backend.filters, &route, parts)?;
-        let service = self.worker.service(&backend.service).await;
-        let service = service.ok_or_else(|| ProxyError::NoService(backend.service.clone()))?;
-        let held = RefCell::new(service);
-        let (service, port) = self.current(&held, backend.port).await?;
+        let (service, port) = self.worker.port(&backend.service, backend.port).await?;
         let mut to = destination(&service, port);
         to.route = Some(route.clone());
         Ok((to, index.unwrap_or(0)))

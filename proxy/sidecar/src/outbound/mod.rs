@@ -14,7 +14,12 @@ use std::{
 use bytes::Bytes;
 use tokio::net::TcpStream;
 use turnpike_detect::Detection;
-use turnpike_rules::{ServiceKey, service::Protocol, traffic::Timeouts, workload::Workload};
+use turnpike_rules::{
+    ServiceKey,
+    service::Protocol,
+    traffic::{Timeouts, TrafficPolicy},
+    workload::Workload,
+};
 
 use self::http::{Outbound, Target};
 use crate::{
@@ -25,7 +30,7 @@ use crate::{
     http::{
         self as proxy,
         exchange::Connection,
-        forward::{Picker, Policy},
+        forward::{Destination, Picker, Policy},
         progress::UnderWay,
     },
     io::{Flight, Rewind, connect, first_flight, prepare, speaks},
@@ -269,7 +274,7 @@ impl Client {
                 let picker = Picker::Among(port.clone());
                 let learn = silent.then_some(port.clone());
                 let policy = Policy::OfService(port.view.clone());
-                self.relay_to(&picker, &service.circuit, &policy, read, learn)
+                self.relay_to(picker, &service.circuit, &policy, read, learn)
                     .await;
             }
         }
@@ -285,16 +290,17 @@ impl Client {
             .iter()
             .find(|port| port.port == self.original.port());
         let declared = declared.map_or(Protocol::Detect, |port| port.protocol);
-        let direct = Direct::new(&self.worker, endpoint, workload).await;
+        let direct = Direct::new(&self.worker, endpoint);
         let server_first = declared == Protocol::Detect && is_server_first(self.original.port());
         match self.speaks(declared, server_first).await {
             Speaks::Nothing => {}
             Speaks::Http { http2, read } => {
-                self.serve_http(Target::Pod(direct), http2, read).await;
+                let target = Target::Pod(RefCell::new(Rc::new(direct)));
+                self.serve_http(target, http2, read).await;
             }
             Speaks::Bytes { read, .. } => {
-                let picker = Picker::Only(direct.endpoint.clone());
-                self.relay_to(&picker, &direct.circuit, &direct.policy, read, None)
+                let to = direct.destination(&self.worker).await;
+                self.relay_to(to.picker, &to.circuit, &to.policy, read, None)
                     .await;
             }
         }
@@ -315,7 +321,7 @@ impl Client {
     /// Opaque bytes to an endpoint; another is tried while nothing has been sent.
     async fn relay_to(
         self,
-        picker: &Picker,
+        mut picker: Picker,
         circuit: &Rc<Circuit>,
         policy: &Policy,
         read: Bytes,
@@ -323,6 +329,11 @@ impl Client {
     ) {
         let mut tried = Vec::new();
         let connected = loop {
+            // Waiting for the client's first bytes, or for one that does not answer, takes time.
+            picker = match picker.renewed(&self.worker).await {
+                Ok(picker) => picker,
+                Err(error) => break Err((error, None)),
+            };
             let Some(endpoint) = picker.pick(&self.worker, &tried) else {
                 let error = ProxyError::NoEndpoint(circuit.name.clone());
                 break Err((error, None));
@@ -383,37 +394,47 @@ async fn learn_server_first(client: &TcpStream, server: &mut crate::tls::Upstrea
     }
 }
 
-/// A pod called by its own address, with what its Service says.
+/// A pod called by its own address, with what holds where no Service says anything.
 struct Direct {
     endpoint: Rc<Endpoint>,
     circuit: Rc<Circuit>,
     shared: Arc<SharedService>,
-    policy: Policy,
+    policy: Rc<TrafficPolicy>,
 }
 
 impl Direct {
-    async fn new(worker: &Rc<Worker>, endpoint: Rc<Endpoint>, workload: &Workload) -> Self {
-        let service = match &workload.service {
+    fn new(worker: &Worker, endpoint: Rc<Endpoint>) -> Self {
+        let (circuit, shared) = worker.unlimited(&format!("pod {}", endpoint.address));
+        Self {
+            endpoint,
+            circuit,
+            shared,
+            policy: Rc::default(),
+        }
+    }
+
+    /// The pod, under what its Service says now.
+    async fn destination(&self, worker: &Worker) -> Destination {
+        let picker = Picker::Pod(self.endpoint.clone());
+        let service = match &self.endpoint.service {
             Some(key) => worker.service(key).await,
             None => None,
         };
         match service {
-            Some(service) => Self {
-                endpoint,
+            Some(service) => Destination {
+                picker,
                 circuit: service.circuit.clone(),
                 shared: service.shared.clone(),
                 policy: Policy::OfService(service.view()),
+                route: None,
             },
-            None => {
-                let (circuit, shared) = worker.unlimited(&format!("pod {}", workload.name));
-                let policy = Policy::Own(Rc::default());
-                Self {
-                    endpoint,
-                    circuit,
-                    shared,
-                    policy,
-                }
-            }
+            None => Destination {
+                picker,
+                circuit: self.circuit.clone(),
+                shared: self.shared.clone(),
+                policy: Policy::Own(self.policy.clone()),
+                route: None,
+            },
         }
     }
 }

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use turnpike_sidecar::observe::Direction;
 
 use crate::{
-    apps::{Body, empty, exchange, full, get, http1, http2, raw, read, serve, streamed},
+    apps::{Body, empty, exchange, full, http1, http2, raw, read, serve, streamed},
     world::{Pair, Setup, Trust, identity, key, web},
 };
 
@@ -40,6 +40,8 @@ async fn http1_stays_http1_and_says_who_called() {
                 "x-forwarded-client-cert",
                 "URI=spiffe://cluster.local/ns/shop/sa/admin",
             )
+            .header("X_Forwarded_Client_Cert", "URI=admin")
+            .header("x-envoy-peer-metadata", "admin")
             .header("connection", "x-secret")
             .header("x-secret", "1")
             .body(full("hello"));
@@ -96,7 +98,9 @@ async fn http2_carries_trailers_both_ways() {
     let app = serve(|request: Request<hyper::body::Incoming>| async move {
         assert_eq!(request.version(), Version::HTTP_2);
         let collected = request.into_body().collect().await.unwrap();
-        let asked = collected.trailers().unwrap()["x-asked"].clone();
+        let asked = collected.trailers().unwrap();
+        assert_eq!(asked.len(), 1, "{asked:?}");
+        let asked = asked["x-asked"].clone();
         let mut trailers = HeaderMap::new();
         trailers.insert("grpc-status", "0".parse().unwrap());
         trailers.insert("x-asked", asked);
@@ -112,6 +116,7 @@ async fn http2_carries_trailers_both_ways() {
     for _ in 0..2 {
         let mut trailers = HeaderMap::new();
         trailers.insert("x-asked", "yes".parse().unwrap());
+        trailers.insert("x-forwarded-client-cert", "URI=admin".parse().unwrap());
         let request = Request::post("http://web.shop/svc/Method")
             .header("content-type", "application/grpc")
             .header("te", "trailers")
@@ -286,11 +291,18 @@ async fn connect_tunnels_after_2xx() {
 
 #[tokio::test]
 async fn an_endpoint_without_a_sidecar_is_spoken_to_in_plaintext() {
-    let app = serve(echo).await;
+    // It claims to be a proxy's answer.
+    let app = serve(|_: Request<hyper::body::Incoming>| async {
+        let claims = Response::builder().header("x-turnpike-error", "connect");
+        claims.body(empty()).unwrap()
+    })
+    .await;
     let caller = Setup::caller().start(&Trust::new());
     caller.known.set_service(web(&[(app, None)]));
-    let (status, _) = get(caller.outbound(), "/").await;
-    assert_eq!(status, 200);
+    let request = Request::get("/").header("host", "a").body(empty()).unwrap();
+    let response = http1(caller.outbound()).await.send(request).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(!response.headers().contains_key("x-turnpike-error"));
     assert!(
         !caller
             .seen

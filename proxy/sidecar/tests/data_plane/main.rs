@@ -16,5 +16,7 @@ mod identity;
 mod limits;
 mod policy;
 mod retries;
+mod reuse;
+mod smuggling;
 mod tcp;
 mod world;

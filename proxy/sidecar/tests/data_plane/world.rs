@@ -108,6 +108,12 @@ impl Known {
         self.services.lock().unwrap().remove(key);
     }
 
+    /// The control plane is away, and was never asked.
+    pub(crate) fn set_unanswered(&self, address: IpAddr) {
+        let mut destinations = self.destinations.lock().unwrap();
+        destinations.insert(address, Lookup::Unanswered);
+    }
+
     pub(crate) fn set_workload(&self, workload: Workload) {
         let lookup = Lookup::Workload(Arc::new(workload.clone()));
         self.destinations
