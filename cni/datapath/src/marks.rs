@@ -8,6 +8,9 @@ pub const DIAL_PERMIT: u32 = 0x0020_0000;
 pub const RECORDED: u32 = 0x0040_0000;
 /// On a packet and a conntrack entry: came in by the primary ENI, goes out by it.
 pub const PRIMARY: u32 = 0x80;
+/// On a packet, by kube-proxy in each of its modes: to be hidden behind an address of this node. The
+/// other bit that Kubernetes takes is 0x8000.
+pub const KUBE_MASQUERADE: u32 = 0x4000;
 /// On a packet: the table of the ENI that owns its source address, in the topmost byte.
 pub const ENI_MASK: u32 = 0xff00_0000;
 

@@ -10,7 +10,7 @@ use ipnet::{IpNet, Ipv4Net};
 use turnpike_rules::pod::Transport;
 
 use super::elements::{Delta, Element};
-use crate::{marks, node};
+use crate::{links, marks, node};
 
 const NODE: &str = include_str!("node.nft");
 
@@ -72,6 +72,7 @@ impl Base {
             ("PERMIT", marks::DIAL_PERMIT),
             ("RECORDED", marks::RECORDED),
             ("PRIMARY", marks::PRIMARY),
+            ("MASQUERADE", marks::KUBE_MASQUERADE),
         ];
         for (name, value) in hex {
             let _ = writeln!(text, "define {name} = {value:#010x}");
@@ -83,6 +84,8 @@ impl Base {
             ("DNS6", node::DNS6.to_string()),
             ("POD_IDENTITY4", node::POD_IDENTITY4.to_string()),
             ("POD_IDENTITY6", node::POD_IDENTITY6.to_string()),
+            ("GATEWAY4", links::GATEWAY4.to_string()),
+            ("GATEWAY6", links::GATEWAY6.to_string()),
             ("PRIMARY_IF", format!("\"{}\"", self.primary_interface)),
         ];
         for (name, value) in plain {
