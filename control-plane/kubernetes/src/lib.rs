@@ -8,9 +8,12 @@
 
 pub mod cluster;
 pub mod directory;
+mod impairments;
 pub mod inject;
+pub mod keep;
 mod path;
 mod reading;
 mod source;
 
+pub use impairments::Impairments;
 pub use source::{Event, Impairment, Rejection, Source};

@@ -2,24 +2,32 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context;
+use kube::Client;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use turnpike_certs::{ClientAuth, server_config_with};
+use turnpike_certs::{Authority, ClientAuth, server_config_with};
 use turnpike_discovery::Discovery;
-use turnpike_kubernetes::directory::DirectorySource;
+use turnpike_kubernetes::{
+    Event, Source,
+    cluster::{self, ClusterSource},
+    directory::DirectorySource,
+};
 use turnpike_model::{Model, Settings};
 use turnpike_wire::{channel::accept_tls, names::ALPN_GRPC};
 
 use crate::{
     Args, Metrics,
-    auth::{AuthenticateLayer, Authenticator, JwtAuthenticator, JwtConfig},
-    ca::{CertificateService, Journal, OwnCertificate, StateDir, publish},
+    auth::{AuthenticateLayer, Authenticator, JwtAuthenticator, JwtConfig, ReviewAuthenticator},
+    ca::{CertificateService, Journal, OwnCertificate, RootSecret, StateDir, publish},
+    cluster::Cluster,
+    config::{Config, KubernetesConfig, SourceConfig, TokensConfig},
     feed::{self, Health},
     http::{self, Pages},
 };
@@ -39,7 +47,9 @@ const STREAMS_PER_CONNECTION: u32 = 32;
 pub struct Controller {
     grpc: TcpListener,
     http: TcpListener,
-    source: DirectorySource,
+    source: AnySource,
+    /// `None`: there is no cluster, only a folder.
+    cluster: Option<Cluster>,
     discovery: Discovery,
     health: Arc<Health>,
     metrics: Metrics,
@@ -50,26 +60,38 @@ pub struct Controller {
     _state: StateDir,
 }
 
+#[derive(Debug)]
+enum AnySource {
+    Directory(DirectorySource),
+    Cluster(ClusterSource),
+}
+
+impl Source for AnySource {
+    async fn next(&mut self) -> Event {
+        match self {
+            Self::Directory(source) => source.next().await,
+            Self::Cluster(source) => source.next().await,
+        }
+    }
+}
+
 impl Controller {
     pub async fn start(args: Args) -> anyhow::Result<Self> {
-        let Args {
+        let Config {
             cluster,
             network,
             trust_domain,
-            source_dir,
             listen,
             http,
             state_dir,
             root_cert_out,
-            token_issuer,
-            token_jwks,
             audience,
-        } = args;
+            source,
+            tokens,
+        } = args.valid()?;
         let state = StateDir::open(&state_dir).context("cannot use the state directory")?;
-        let authority = state
-            .root(&trust_domain, SystemTime::now())
-            .context("there is no CA")?;
-        let authority = Arc::new(authority);
+        let api = Api::connect(&source, &tokens).await?;
+        let authority = Arc::new(root(&source, &api, &state, &trust_domain).await?);
         if let Some(path) = root_cert_out
             && let Err(error) = publish(&path, authority.certificate_pem())
         {
@@ -77,28 +99,29 @@ impl Controller {
             tracing::error!(path = %path.display(), %error, "cannot write the root certificate");
         }
         let metrics = Metrics::new();
+        let health = Arc::<Health>::default();
+        metrics.observe_impairments(health.impairments());
         let journal_path = state.path().join(JOURNAL);
         let journal = Journal::start(&journal_path)
             .context("cannot start the writer of the issuance record")?;
         let own = OwnCertificate::new(authority.clone(), &trust_domain)
             .context("cannot make the controller's own certificate")?;
-        let issuer = CertificateService::new(authority, journal, metrics.clone());
-
-        let jwt = JwtConfig {
-            issuer: token_issuer,
-            audience,
-            jwks: token_jwks,
-            trust_domain,
+        let issuer = CertificateService::new(authority.clone(), journal, metrics.clone());
+        let authenticator = authenticator(tokens, &api, audience, &trust_domain)?;
+        let (source, in_cluster) = match source {
+            SourceConfig::Directory(folder) => (directory(&folder)?, None),
+            SourceConfig::Kubernetes(config) => {
+                let (client, server) = api.get()?;
+                let source = ClusterSource::start(client, server);
+                let impairments = health.impairments();
+                let in_cluster =
+                    Cluster::new(client, &source, &authority, impairments, config.webhook).await?;
+                (AnySource::Cluster(source), Some(in_cluster))
+            }
         };
-        let trust_domain = jwt.trust_domain.as_str().into();
-        let authenticator: Arc<dyn Authenticator> =
-            Arc::new(JwtAuthenticator::new(jwt).context("cannot use --token-jwks")?);
-
-        let source = DirectorySource::start(&source_dir)
-            .with_context(|| format!("cannot use --source-dir `{}`", source_dir.display()))?;
         let settings = Settings {
             cluster: cluster.into(),
-            trust_domain,
+            trust_domain: trust_domain.into(),
             network: network.into(),
         };
         let discovery = Discovery::new(Model::new(settings));
@@ -107,8 +130,9 @@ impl Controller {
             grpc: bind(listen, "--listen").await?,
             http: bind(http, "--http").await?,
             source,
+            cluster: in_cluster,
             discovery,
-            health: Arc::default(),
+            health,
             authenticate: AuthenticateLayer::new(authenticator, metrics.clone()),
             metrics,
             own,
@@ -132,6 +156,7 @@ impl Controller {
             grpc,
             http,
             source,
+            cluster,
             discovery,
             health,
             metrics,
@@ -152,6 +177,9 @@ impl Controller {
             health: health.clone(),
         };
         let mut tasks = JoinSet::new();
+        if let Some(cluster) = cluster {
+            cluster.spawn(&mut tasks, store.clone(), &metrics, &stop);
+        }
         tasks.spawn(http::serve(http, pages));
         tasks.spawn(feed::run(
             source,
@@ -192,7 +220,82 @@ impl Controller {
     }
 }
 
-async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+/// The way to the Kubernetes API, where anything needs one.
+struct Api(Option<(Client, String)>);
+
+impl Api {
+    async fn connect(source: &SourceConfig, tokens: &TokensConfig) -> anyhow::Result<Self> {
+        let needed =
+            matches!(source, SourceConfig::Kubernetes(_)) || matches!(tokens, TokensConfig::Review);
+        Ok(Self(match needed {
+            true => Some(cluster::connect().await?),
+            false => None,
+        }))
+    }
+
+    fn get(&self) -> anyhow::Result<(&Client, &str)> {
+        let (client, server) = self.0.as_ref().context("no Kubernetes API is configured")?;
+        Ok((client, server))
+    }
+}
+
+async fn root(
+    source: &SourceConfig,
+    api: &Api,
+    state: &StateDir,
+    trust_domain: &str,
+) -> anyhow::Result<Authority> {
+    let now = SystemTime::now();
+    let authority = match source {
+        SourceConfig::Kubernetes(KubernetesConfig {
+            namespace,
+            root_secret: Some(name),
+            ..
+        }) => {
+            let (client, _) = api.get()?;
+            let secret = RootSecret::new(client.clone(), namespace, name);
+            secret
+                .root(trust_domain, now)
+                .await
+                .map_err(anyhow::Error::from)
+        }
+        _ => state.root(trust_domain, now).map_err(anyhow::Error::from),
+    };
+    authority.context("there is no CA")
+}
+
+fn authenticator(
+    tokens: TokensConfig,
+    api: &Api,
+    audience: String,
+    trust_domain: &str,
+) -> anyhow::Result<Arc<dyn Authenticator>> {
+    let trust_domain = trust_domain.to_owned();
+    Ok(match tokens {
+        TokensConfig::Jwks { issuer, jwks } => {
+            let jwt = JwtConfig {
+                issuer,
+                audience,
+                jwks,
+                trust_domain,
+            };
+            Arc::new(JwtAuthenticator::new(jwt).context("cannot use --token-jwks")?)
+        }
+        TokensConfig::Review => {
+            let (client, _) = api.get()?;
+            let client = client.clone();
+            Arc::new(ReviewAuthenticator::new(client, audience, trust_domain))
+        }
+    })
+}
+
+fn directory(folder: &Path) -> anyhow::Result<AnySource> {
+    let source = DirectorySource::start(folder)
+        .with_context(|| format!("cannot use --source-dir `{}`", folder.display()))?;
+    Ok(AnySource::Directory(source))
+}
+
+pub(crate) async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
     listener.with_context(|| format!("cannot listen on {flag} {address}"))
 }

@@ -14,7 +14,7 @@ use tokio::{
 };
 use turnpike_api::{Kind, Object};
 use turnpike_discovery::Discovery;
-use turnpike_kubernetes::{Event, Impairment, Rejection, Source};
+use turnpike_kubernetes::{Event, Impairment, Impairments, Rejection, Source};
 use turnpike_model::{ConditionKind, ObjectStatus};
 
 use crate::metrics::Metrics;
@@ -32,7 +32,7 @@ const NO_PREFIXES: &str = "no meshPrefixes are set, so proxies take every addres
 #[derive(Debug)]
 pub struct Health {
     rejections: Mutex<BTreeSet<Rejection>>,
-    impairments: Mutex<BTreeSet<Impairment>>,
+    impairments: Impairments,
     synced: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
 }
@@ -51,7 +51,7 @@ impl Default for Health {
     fn default() -> Self {
         Self {
             rejections: Mutex::default(),
-            impairments: Mutex::default(),
+            impairments: Impairments::default(),
             synced: watch::Sender::new(false),
             stopping: watch::Sender::new(false),
         }
@@ -59,9 +59,14 @@ impl Default for Health {
 }
 
 impl Health {
-    /// What is refused, after what of the source cannot be read at all.
+    /// What does not work now, of the source and of what is kept in the API.
+    pub fn impairments(&self) -> &Impairments {
+        &self.impairments
+    }
+
+    /// What is refused, after what does not work at all.
     pub fn rejections(&self) -> Vec<Quarantined> {
-        let impairments = self.impairments.lock();
+        let impairments = self.impairments.all();
         let rejections = self.rejections.lock();
         let impaired = impairments.iter().map(Quarantined::from);
         impaired
@@ -78,9 +83,8 @@ impl Health {
             return None;
         }
         let mut why = "the source has not delivered all its objects yet".to_owned();
-        let impairments = self.impairments.lock();
-        for impairment in impairments.iter().filter(|i| i.blocking) {
-            why.push_str("\n");
+        for impairment in self.impairments.blocking() {
+            why.push('\n');
             why.push_str(&impairment.to_string());
         }
         Some(why)
@@ -205,13 +209,12 @@ impl Feed {
                 false
             }
             Event::Impaired(impairment) => {
-                tracing::warn!("{impairment}");
-                self.set_impairments(|all| all.insert(impairment));
+                let what = impairment.what.clone();
+                self.health.impairments.set(&what, Some(impairment));
                 false
             }
             Event::Restored(impairment) => {
-                tracing::info!("over: {impairment}");
-                self.set_impairments(|all| all.remove(&impairment));
+                self.health.impairments.set(&impairment.what, None);
                 false
             }
             Event::Synced => {
@@ -221,13 +224,6 @@ impl Feed {
                 true
             }
         }
-    }
-
-    fn set_impairments(&self, change: impl FnOnce(&mut BTreeSet<Impairment>) -> bool) {
-        let mut impairments = self.health.impairments.lock();
-        change(&mut impairments);
-        let blocking = impairments.iter().filter(|i| i.blocking).count();
-        self.metrics.set_impaired(blocking);
     }
 
     /// Logs what has become wrong or right with policies, once each. While the source still

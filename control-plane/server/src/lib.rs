@@ -6,7 +6,9 @@
 //!    round is complete nothing is served, so that nobody is told that what exists does not.
 //! 3. gRPC over TLS serves discovery and the CA; [`auth`] stands in front of both.
 //! 4. [`http`] shows metrics, health and what was rejected.
-//! 5. [`Controller::run`] ends when it is told to: streams are closed with a reason, calls in
+//! 5. In a cluster it also answers the injection webhook ([`webhook`]) and keeps in the API what
+//!    pods need to trust it (`cluster`).
+//! 6. [`Controller::run`] ends when it is told to: streams are closed with a reason, calls in
 //!    flight are finished.
 //!
 //! Nothing but the root and the record of issued certificates outlives the process: the rest is
@@ -14,13 +16,15 @@
 
 pub mod auth;
 pub mod ca;
+mod cluster;
 mod config;
 mod controller;
 pub mod feed;
 pub mod http;
 mod metrics;
 mod text;
+pub mod webhook;
 
-pub use config::Args;
+pub use config::{Args, InvalidArgs, SourceKind, TokensKind};
 pub use controller::Controller;
 pub use metrics::Metrics;

@@ -27,7 +27,8 @@ async fn main() -> anyhow::Result<()> {
 
 /// On standard error, by `RUST_LOG`; JSON where `TURNPIKE_LOG=json`.
 fn log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("info,kube_runtime=error,kube_client=error"));
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);

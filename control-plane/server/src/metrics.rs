@@ -14,6 +14,7 @@ use prometheus_client::{
     registry::Registry,
 };
 use turnpike_discovery::Discovery;
+use turnpike_kubernetes::Impairments;
 
 /// Clones count together.
 #[derive(Clone, Debug)]
@@ -23,7 +24,7 @@ pub struct Metrics {
     refused: Family<Reason, Counter>,
     unauthenticated: Family<Reason, Counter>,
     rejected_objects: Gauge,
-    impaired: Gauge,
+    injections: Family<Outcome, Counter>,
     objects: Counter,
     synced: Gauge,
 }
@@ -32,6 +33,12 @@ pub struct Metrics {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: String,
+}
+
+/// Likewise.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: String,
 }
 
 impl Default for Metrics {
@@ -49,7 +56,7 @@ impl Metrics {
             refused: Family::default(),
             unauthenticated: Family::default(),
             rejected_objects: Gauge::default(),
-            impaired: Gauge::default(),
+            injections: Family::default(),
             objects: Counter::default(),
             synced: Gauge::default(),
         };
@@ -59,7 +66,7 @@ impl Metrics {
             refused,
             unauthenticated,
             rejected_objects,
-            impaired,
+            injections,
             objects,
             synced,
         } = &metrics;
@@ -76,9 +83,9 @@ impl Metrics {
             rejected_objects.clone(),
         );
         registry.register(
-            "source_impaired",
-            "Parts of the source that cannot be read now",
-            impaired.clone(),
+            "injections",
+            "Pods that the injector was asked about",
+            injections.clone(),
         );
         registry.register(
             "source_events",
@@ -97,6 +104,12 @@ impl Metrics {
     /// Adds what discovery counts.
     pub fn observe(&self, discovery: &Discovery) {
         let collector = DiscoveryCollector(discovery.clone());
+        self.registry.lock().register_collector(Box::new(collector));
+    }
+
+    /// Adds how much does not work.
+    pub fn observe_impairments(&self, impairments: &Impairments) {
+        let collector = ImpairmentCollector(impairments.clone());
         self.registry.lock().register_collector(Box::new(collector));
     }
 
@@ -136,12 +149,43 @@ impl Metrics {
             .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    pub(crate) fn set_impaired(&self, count: usize) {
-        self.impaired.set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub(crate) fn injection(&self, outcome: &str) {
+        self.injections
+            .get_or_create(&Outcome {
+                outcome: outcome.into(),
+            })
+            .inc();
     }
 
     pub(crate) fn set_synced(&self) {
         self.synced.set(1);
+    }
+}
+
+#[derive(Debug)]
+struct ImpairmentCollector(Impairments);
+
+impl Collector for ImpairmentCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let all = self.0.all();
+        let blocking = all.iter().filter(|impairment| impairment.blocking).count();
+        for (name, help, count) in [
+            (
+                "impairments",
+                "What does not work now; /debug/rejections has it in words",
+                all.len(),
+            ),
+            (
+                "source_impaired",
+                "Parts of the source that cannot be read now",
+                blocking,
+            ),
+        ] {
+            let gauge = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
+            let kind = gauge.metric_type();
+            gauge.encode(encoder.encode_descriptor(name, help, None, kind)?)?;
+        }
+        Ok(())
     }
 }
 

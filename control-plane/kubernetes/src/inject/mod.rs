@@ -3,11 +3,15 @@
 //! Pure and idempotent: a pod that was injected before comes out as if it had not been, so that
 //! the webhook may be asked again after others have changed the pod.
 
+mod config;
+pub mod review;
 mod sidecar;
 
 use std::{collections::BTreeMap, fmt};
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+
+pub use config::{InjectConfig, InvalidConfig};
 
 /// On a namespace: `enabled` injects its pods. On a pod: `disabled` leaves it out.
 pub const LABEL: &str = "turnpike.dev/inject";
@@ -18,54 +22,6 @@ pub const CONTAINER: &str = "turnpike-proxy";
 pub const USER: i64 = 1337;
 /// The sidecar's ports in the pod: admin, outbound, inbound, metrics, health.
 pub const PORTS: [i32; 5] = [15000, 15001, 15006, 15020, 15021];
-
-/// What sidecars are told, the same for all pods.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InjectConfig {
-    pub image: String,
-    /// `host:port`.
-    pub controller: String,
-    /// The DNS name in the controller's certificate.
-    pub controller_name: String,
-    pub cluster: String,
-    pub network: String,
-    pub trust_domain: String,
-    /// The ConfigMap with `root.pem`, in every namespace.
-    pub root_config_map: String,
-    pub token_audience: String,
-    /// Kubelet renews the token at four fifths of this.
-    pub token_expiration_seconds: i64,
-    pub otlp_endpoint: Option<String>,
-    /// Threads of the proxy. `None`: it decides by its CPU limit.
-    pub workers: Option<u32>,
-    /// Quantities, as Kubernetes writes them.
-    pub cpu_request: String,
-    pub memory_request: String,
-    pub memory_limit: String,
-    pub exempt_namespaces: Vec<String>,
-}
-
-impl Default for InjectConfig {
-    fn default() -> Self {
-        Self {
-            image: "turnpike/proxy:latest".to_owned(),
-            controller: "turnpike-controller.turnpike-system.svc:15012".to_owned(),
-            controller_name: "turnpike-controller.turnpike-system.svc".to_owned(),
-            cluster: "cluster".to_owned(),
-            network: "default".to_owned(),
-            trust_domain: "cluster.local".to_owned(),
-            root_config_map: "turnpike-root".to_owned(),
-            token_audience: "istio-ca".to_owned(),
-            token_expiration_seconds: 3600,
-            otlp_endpoint: None,
-            workers: None,
-            cpu_request: "20m".to_owned(),
-            memory_request: "32Mi".to_owned(),
-            memory_limit: "256Mi".to_owned(),
-            exempt_namespaces: vec!["kube-system".to_owned(), "turnpike-system".to_owned()],
-        }
-    }
-}
 
 /// What became of a pod.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,6 +2,7 @@
 
 mod jwt;
 mod layer;
+mod review;
 
 use std::time::SystemTime;
 
@@ -9,8 +10,9 @@ use turnpike_discovery::Caller;
 
 pub use jwt::{JwtAuthenticator, JwtConfig};
 pub use layer::AuthenticateLayer;
+pub use review::ReviewAuthenticator;
 
-/// Turns a token into its bearer. A JWKS file does it here, TokenReview will in a cluster.
+/// Turns a token into its bearer: by the issuer's keys from a file, or by asking the API server.
 #[tonic::async_trait]
 pub trait Authenticator: Send + Sync + 'static {
     async fn authenticate(&self, token: &str, now: SystemTime) -> Result<Caller, AuthError>;
@@ -37,6 +39,12 @@ pub enum AuthError {
     Audience(String),
     #[error("the token does not describe a service account: {0}")]
     Claims(String),
+    /// With the API server's words.
+    #[error(
+        "the API server does not accept the token: {0}; it is of this cluster's pods that run, by \
+         the projected volume"
+    )]
+    Refused(String),
     /// The caller may be right; we cannot tell.
     #[error("tokens cannot be verified now: {0}")]
     Unavailable(String),
@@ -55,6 +63,7 @@ impl AuthError {
             Self::Issuer(_) => "issuer",
             Self::Audience(_) => "audience",
             Self::Claims(_) => "claims",
+            Self::Refused(_) => "refused",
             Self::Unavailable(_) => "unavailable",
         }
     }

@@ -1,0 +1,133 @@
+//! What a controller does in a cluster beside serving: it answers the injection webhook, and keeps
+//! in the API what pods and the API server need to trust it.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::{Api, Client};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use turnpike_certs::{Authority, ClientAuth, CredentialStore, server_config_with};
+use turnpike_kubernetes::{
+    Impairments,
+    cluster::{ClusterSource, Stores},
+    keep::{InjectorBundle, RootConfigMaps},
+};
+
+use crate::{
+    config::WebhookConfig,
+    controller::bind,
+    metrics::Metrics,
+    webhook::{self, Injector, SettingsFile},
+};
+
+/// The ConfigMap with the mesh's root, in every namespace.
+const ROOT_CONFIG_MAP: &str = "turnpike-root";
+const ALPN: [&str; 2] = ["h2", "http/1.1"];
+
+/// A cluster's part of the controller, with its port bound.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    stores: Stores,
+    roots: RootConfigMaps,
+    webhook: Option<Webhook>,
+}
+
+#[derive(Debug)]
+struct Webhook {
+    listener: TcpListener,
+    settings: SettingsFile,
+    bundle: InjectorBundle,
+    namespaces: Api<Namespace>,
+}
+
+impl Cluster {
+    pub(crate) async fn new(
+        client: &Client,
+        source: &ClusterSource,
+        authority: &Authority,
+        impairments: &Impairments,
+        webhook: Option<WebhookConfig>,
+    ) -> anyhow::Result<Self> {
+        let stores = source.stores().clone();
+        let roots = authority.certificate_pem().to_owned();
+        let webhook = match webhook {
+            Some(config) => Some(Webhook::new(client, &roots, impairments, config).await?),
+            None => None,
+        };
+        Ok(Self {
+            roots: RootConfigMaps {
+                client: client.clone(),
+                namespaces: stores.namespaces.clone(),
+                impairments: impairments.clone(),
+                name: ROOT_CONFIG_MAP.to_owned(),
+                roots,
+            },
+            stores,
+            webhook,
+        })
+    }
+
+    /// Starts its tasks; they end with `tasks`, the webhook's also on `stop`.
+    pub(crate) fn spawn(
+        self,
+        tasks: &mut JoinSet<()>,
+        certificate: Arc<CredentialStore>,
+        metrics: &Metrics,
+        stop: &CancellationToken,
+    ) {
+        let Self {
+            stores,
+            roots,
+            webhook,
+        } = self;
+        tasks.spawn(roots.run());
+        if let Some(Webhook {
+            listener,
+            settings,
+            bundle,
+            namespaces,
+        }) = webhook
+        {
+            let injector = Injector {
+                settings: settings.settings(),
+                namespaces: stores.namespaces.clone(),
+                api: namespaces,
+                metrics: metrics.clone(),
+            };
+            let tls = server_config_with(certificate, &ALPN, ClientAuth::None);
+            tasks.spawn(webhook::serve(listener, tls, injector, stop.clone()));
+            tasks.spawn(settings.follow());
+            tasks.spawn(bundle.run());
+        }
+    }
+}
+
+impl Webhook {
+    async fn new(
+        client: &Client,
+        roots: &str,
+        impairments: &Impairments,
+        config: WebhookConfig,
+    ) -> anyhow::Result<Self> {
+        let WebhookConfig {
+            listen,
+            configuration,
+            inject_config,
+        } = config;
+        let settings = SettingsFile::open(inject_config, impairments.clone())
+            .context("cannot use --inject-config")?;
+        Ok(Self {
+            listener: bind(listen, "--webhook").await?,
+            settings,
+            bundle: InjectorBundle {
+                client: client.clone(),
+                impairments: impairments.clone(),
+                name: configuration,
+                roots: roots.to_owned(),
+            },
+            namespaces: Api::all(client.clone()),
+        })
+    }
+}
