@@ -1,6 +1,6 @@
 //! Who is on a stream, and what they may subscribe.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use turnpike_model::ResourceType;
 use turnpike_rules::Identity;
@@ -27,6 +27,16 @@ pub struct Caller {
 pub struct PodRef {
     pub name: Arc<str>,
     pub uid: Arc<str>,
+}
+
+/// For people: the pod, or who it is where the token is bound to none.
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.pod {
+            Some(pod) => write!(f, "pod {}/{}", self.identity.namespace(), pod.name),
+            None => write!(f, "{}", self.identity),
+        }
+    }
 }
 
 /// A subscription that the caller has no right to.

@@ -10,6 +10,10 @@
 //! 4. Answers (ACK, NACK) are kept per subscriber, so that a status can say who has what
 //!    ([`Discovery::adoption`], [`Discovery::status`]).
 //!
+//! A client takes or refuses a response whole. Where it refuses one of several resources, each half
+//! is sent again by itself, and so on: all that it can read arrives, and what it cannot is known by
+//! name, with its reason.
+//!
 //! A resource is sent when it is subscribed ([`Caller`] says what one may subscribe), again when it
 //! changes, and as removed when it does not or no longer exist. A client that reconnects says which
 //! versions it holds, and is sent only what differs.
@@ -23,4 +27,4 @@ mod subscriber;
 
 pub use caller::{Caller, Denied, PodRef};
 pub use session::Discovery;
-pub use status::{Adoption, Counters, Refusal, SubscriberStatus, TypeStatus};
+pub use status::{Adoption, Counters, Refusal, RefusedBy, SubscriberStatus, TypeStatus};

@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, time::SystemTime};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+use turnpike_model::ResourceType;
 
 /// How far a set of resources has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Adoption {
     /// Pairs of a resource and a subscriber that watches it.
     pub watched: usize,
@@ -13,6 +14,31 @@ pub struct Adoption {
     pub accepted: usize,
     /// Of those: the subscriber refused the latest version.
     pub refused: usize,
+    /// Who refuses what, and why; the first [`Adoption::SHOWN`].
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refusals: Vec<RefusedBy>,
+}
+
+impl Adoption {
+    pub const SHOWN: usize = 8;
+
+    pub(crate) fn note(&mut self, refusal: impl FnOnce() -> RefusedBy) {
+        if self.refusals.len() < Self::SHOWN {
+            self.refusals.push(refusal());
+        }
+    }
+}
+
+/// One subscriber's refusal of one resource.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RefusedBy {
+    /// For people.
+    pub subscriber: String,
+    #[serde(serialize_with = "kind")]
+    pub kind: ResourceType,
+    pub resource: String,
+    /// In the subscriber's words; `None` where it refuses so many that they were not kept.
+    pub message: Option<String>,
 }
 
 /// Since the start of the process.
@@ -39,7 +65,8 @@ pub struct SubscriberStatus {
     /// Responses it has not answered.
     pub unanswered: usize,
     pub types: BTreeMap<String, TypeStatus>,
-    pub last_refusal: Option<Refusal>,
+    /// What it refuses now, the newest few; `types` has how many there are.
+    pub refusals: Vec<Refusal>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -52,17 +79,20 @@ pub struct TypeStatus {
     pub waiting: usize,
 }
 
-/// A NACK.
+/// A NACK of one resource.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Refusal {
-    pub kind: String,
-    /// The first of them.
-    pub resources: Vec<String>,
+    #[serde(serialize_with = "kind")]
+    pub kind: ResourceType,
+    pub resource: String,
     pub message: String,
     pub at: SystemTime,
 }
 
 impl Refusal {
-    pub(crate) const NAMES: usize = 16;
     pub(crate) const CHARACTERS: usize = 1024;
+}
+
+fn kind<S: Serializer>(kind: &ResourceType, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(kind)
 }

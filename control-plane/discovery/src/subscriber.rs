@@ -17,6 +17,8 @@ pub(crate) type SubscriberId = u64;
 pub(crate) const MAX_UNANSWERED: usize = 16;
 /// Names that one subscriber may hold, of all types.
 pub(crate) const MAX_NAMES: usize = 200_000;
+/// Refusals whose reasons are kept; how many there are is counted beside.
+pub(crate) const MAX_REFUSALS: usize = 16;
 /// The longest name or version that is looked at.
 pub(crate) const MAX_NAME_BYTES: usize = 4096;
 
@@ -29,7 +31,8 @@ pub(crate) struct Subscriber {
     pub(crate) types: BTreeMap<ResourceType, TypeState>,
     pub(crate) wake: Arc<Notify>,
     pub(crate) unanswered: VecDeque<Sent>,
-    pub(crate) last_refusal: Option<Refusal>,
+    /// Why it refuses what it refuses now; the newest, at most [`MAX_REFUSALS`].
+    pub(crate) refusals: VecDeque<Refusal>,
     next_nonce: u64,
 }
 
@@ -39,6 +42,9 @@ pub(crate) struct TypeState {
     pub(crate) wildcard: bool,
     /// Marked: to be looked at when the client can take more. Bounded by what it may see.
     pub(crate) dirty: BTreeSet<Arc<str>>,
+    /// Parts of refused responses, each to be sent as a response of its own. Bounded by what was
+    /// unanswered.
+    pub(crate) apart: VecDeque<Vec<Arc<str>>>,
     pub(crate) held: HashMap<Arc<str>, Held>,
 }
 
@@ -54,7 +60,10 @@ pub(crate) struct Held {
 pub(crate) enum Answer {
     Awaited,
     Accepted,
+    /// In a response of its own: it is not sent again until it changes.
     Refused,
+    /// With others, of which one may be to blame: it is sent again with fewer of them.
+    RefusedWithOthers,
 }
 
 /// A response on its way.
@@ -74,7 +83,7 @@ impl Subscriber {
             types: BTreeMap::new(),
             wake: Arc::new(Notify::new()),
             unanswered: VecDeque::new(),
-            last_refusal: None,
+            refusals: VecDeque::new(),
             next_nonce: 0,
         }
     }
@@ -137,29 +146,82 @@ impl Subscriber {
         let Some(sent) = self.unanswered.remove(index) else {
             return false;
         };
-        let answer = if refusal.is_some() {
-            Answer::Refused
-        } else {
-            Answer::Accepted
+        let answer = match &refusal {
+            None => Answer::Accepted,
+            Some(_) if sent.resources.len() > 1 => Answer::RefusedWithOthers,
+            Some(_) => Answer::Refused,
         };
+        let mut judged = Vec::new();
         let state = self.types.entry(sent.kind).or_default();
-        for (name, version) in &sent.resources {
+        for (name, version) in sent.resources {
             // A later response about the same name has an answer of its own to come.
-            if let Some(held) = state.held.get_mut(name)
-                && held.version == *version
+            if let Some(held) = state.held.get_mut(&name)
+                && held.version == version
             {
                 held.answer = answer;
+                judged.push(name);
             }
         }
-        if let Some(message) = refusal {
-            let names = sent.resources.iter().take(Refusal::NAMES);
-            self.last_refusal = Some(Refusal {
-                kind: sent.kind.to_string(),
-                resources: names.map(|(name, _)| name.to_string()).collect(),
-                message: message.chars().take(Refusal::CHARACTERS).collect(),
-                at,
-            });
+        match refusal {
+            None => self.forget_refusals(sent.kind, |name| judged.iter().any(|j| **j == *name)),
+            Some(message) if answer == Answer::Refused => {
+                for name in judged {
+                    self.keep_refusal(sent.kind, &name, &message, at);
+                }
+            }
+            Some(_) => state.split(judged),
         }
         true
+    }
+
+    pub(crate) fn forget_refusals(&mut self, kind: ResourceType, gone: impl Fn(&str) -> bool) {
+        self.refusals
+            .retain(|refusal| refusal.kind != kind || !gone(&refusal.resource));
+    }
+
+    fn keep_refusal(&mut self, kind: ResourceType, name: &str, message: &str, at: SystemTime) {
+        self.forget_refusals(kind, |other| other == name);
+        if self.refusals.len() == MAX_REFUSALS {
+            self.refusals.pop_front();
+        }
+        self.refusals.push_back(Refusal {
+            kind,
+            resource: name.into(),
+            message: message.chars().take(Refusal::CHARACTERS).collect(),
+            at,
+        });
+    }
+}
+
+impl TypeState {
+    /// Halves what was refused together, so that after a few rounds what is to blame stands alone
+    /// and everything else has arrived.
+    fn split(&mut self, mut names: Vec<Arc<str>>) {
+        let second = names.split_off(names.len() / 2);
+        let parts = [names, second].into_iter();
+        self.apart.extend(parts.filter(|part| !part.is_empty()));
+    }
+
+    /// Whether the client needs to be told. Under a wildcard alone, what it never had and does not
+    /// exist is no news.
+    pub(crate) fn news(&self, name: &Arc<str>, version: Option<&Arc<str>>) -> bool {
+        match self.held.get(name) {
+            Some(held) if held.answer == Answer::RefusedWithOthers => true,
+            Some(held) => held.version.as_ref() != version,
+            None => version.is_some() || self.exact.contains(name),
+        }
+    }
+
+    /// Whether a name of a part that waits is still to be sent.
+    pub(crate) fn due(&self, name: &Arc<str>) -> bool {
+        let held = self.held.get(name);
+        self.dirty.contains(name)
+            || held.is_some_and(|held| held.answer == Answer::RefusedWithOthers)
+    }
+
+    /// What was refused by itself travels by itself also when it has changed.
+    pub(crate) fn suspect(&self, name: &Arc<str>) -> bool {
+        let held = self.held.get(name);
+        held.is_some_and(|held| held.answer == Answer::Refused)
     }
 }

@@ -185,25 +185,14 @@ impl Hub {
         let node = subscriber.caller.node.clone();
         for (kind, state) in &mut subscriber.types {
             let kind = *kind;
-            let (mut resources, mut removed, mut sent) = (Vec::new(), Vec::new(), Vec::new());
-            let mut bytes = 0;
-            while bytes < RESPONSE_BYTES
-                && let Some(name) = state.dirty.pop_first()
-            {
-                let entry = self.entries.get(&(kind, name.clone()));
-                let entry = entry.filter(|entry| visible(kind, entry, node.as_ref()));
-                let content = entry.and_then(|entry| entry.content.as_ref());
-                let version = content.map(|content| content.version.clone());
-                if !state.news(&name, version.as_ref()) {
-                    continue;
-                }
-                bytes += name.len() + content.map_or(0, |content| content.bytes.len());
-                match content {
-                    Some(content) => resources.push(resource(kind, &name, content)),
-                    None => removed.push(name.to_string()),
-                }
-                sent.push((name, version));
-            }
+            let mut batch = Batch::new(kind, &self.entries, node.as_ref());
+            batch.fill(state);
+            let Batch {
+                resources,
+                removed,
+                sent,
+                ..
+            } = batch;
             if sent.is_empty() {
                 continue;
             }
@@ -285,14 +274,82 @@ impl Hub {
     }
 }
 
-impl TypeState {
-    /// Whether the client needs to be told. Under a wildcard alone, what it never had and does not
-    /// exist is no news.
-    fn news(&self, name: &Arc<str>, version: Option<&Arc<str>>) -> bool {
-        match self.held.get(name) {
-            Some(held) => held.version.as_ref() != version,
-            None => version.is_some() || self.exact.contains(name),
+/// What goes into one response.
+struct Batch<'a> {
+    kind: ResourceType,
+    entries: &'a HashMap<ResourceKey, Entry>,
+    node: Option<&'a Arc<str>>,
+    resources: Vec<Resource>,
+    removed: Vec<String>,
+    sent: Vec<(Arc<str>, Option<Arc<str>>)>,
+    bytes: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn new(
+        kind: ResourceType,
+        entries: &'a HashMap<ResourceKey, Entry>,
+        node: Option<&'a Arc<str>>,
+    ) -> Self {
+        Self {
+            kind,
+            entries,
+            node,
+            resources: Vec::new(),
+            removed: Vec::new(),
+            sent: Vec::new(),
+            bytes: 0,
         }
+    }
+
+    /// Takes a part of what was refused together, or else all that is marked and has room.
+    ///
+    /// A client takes or refuses a response whole, so one resource that it cannot read must not
+    /// keep the others from it: not those it was sent with, and not those it is sent with when it
+    /// has changed. What a client refused is not remembered beyond its stream, since the next one
+    /// may be a newer program's; it then costs some rounds again.
+    fn fill(&mut self, state: &mut TypeState) {
+        while let Some(part) = state.apart.pop_front() {
+            for name in part {
+                if state.due(&name) {
+                    state.dirty.remove(&name);
+                    self.add(state, name);
+                }
+            }
+            if !self.sent.is_empty() {
+                return;
+            }
+        }
+        while self.bytes < RESPONSE_BYTES
+            && let Some(name) = state.dirty.first().cloned()
+        {
+            let alone = state.suspect(&name);
+            if alone && !self.sent.is_empty() {
+                return;
+            }
+            state.dirty.remove(&name);
+            self.add(state, name);
+            if alone && !self.sent.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// As it is now, if that is news to the client.
+    fn add(&mut self, state: &TypeState, name: Arc<str>) {
+        let entry = self.entries.get(&(self.kind, name.clone()));
+        let entry = entry.filter(|entry| visible(self.kind, entry, self.node));
+        let content = entry.and_then(|entry| entry.content.as_ref());
+        let version = content.map(|content| content.version.clone());
+        if !state.news(&name, version.as_ref()) {
+            return;
+        }
+        self.bytes += name.len() + content.map_or(0, |content| content.bytes.len());
+        match content {
+            Some(content) => self.resources.push(resource(self.kind, &name, content)),
+            None => self.removed.push(name.to_string()),
+        }
+        self.sent.push((name, version));
     }
 }
 

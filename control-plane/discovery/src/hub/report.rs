@@ -6,7 +6,7 @@ use turnpike_model::{Changes, ResourceType};
 
 use super::Hub;
 use crate::{
-    Adoption, SubscriberStatus, TypeStatus,
+    Adoption, RefusedBy, SubscriberStatus, TypeStatus,
     subscriber::{Answer, Subscriber},
 };
 
@@ -46,14 +46,28 @@ impl Hub {
                 .map(|held| held.answer)
             {
                 Some(Answer::Accepted) => adoption.accepted += 1,
-                Some(Answer::Refused) => adoption.refused += 1,
-                Some(Answer::Awaited) | None => {}
+                Some(Answer::Refused) => {
+                    adoption.refused += 1;
+                    adoption.note(|| refused_by(subscriber, kind, name));
+                }
+                Some(Answer::Awaited | Answer::RefusedWithOthers) | None => {}
             }
         }
     }
 
     pub(crate) fn status(&self) -> Vec<SubscriberStatus> {
         self.subscribers.values().map(subscriber_status).collect()
+    }
+}
+
+fn refused_by(subscriber: &Subscriber, kind: ResourceType, name: &str) -> RefusedBy {
+    let mut refusals = subscriber.refusals.iter();
+    let known = refusals.find(|refusal| refusal.kind == kind && refusal.resource == name);
+    RefusedBy {
+        subscriber: subscriber.caller.to_string(),
+        kind,
+        resource: name.to_owned(),
+        message: known.map(|refusal| refusal.message.clone()),
     }
 }
 
@@ -87,6 +101,6 @@ fn subscriber_status(subscriber: &Subscriber) -> SubscriberStatus {
         since: subscriber.since,
         unanswered: subscriber.unanswered.len(),
         types: types.collect(),
-        last_refusal: subscriber.last_refusal.clone(),
+        refusals: subscriber.refusals.iter().cloned().collect(),
     }
 }

@@ -1,6 +1,10 @@
 //! What clients ask: answers to responses, and changes of what they watch.
 
-use std::{collections::HashMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use turnpike_model::ResourceType;
 use turnpike_wire::{discovery::DeltaDiscoveryRequest, names::WILDCARD};
@@ -115,6 +119,8 @@ impl Hub {
                 let exact = &state.exact;
                 state.held.retain(|name, _| exact.contains(name));
                 state.dirty.retain(|name| exact.contains(name));
+                let left: HashSet<Arc<str>> = exact.clone();
+                subscriber.forget_refusals(kind, |name| !left.contains(name));
                 let caller = subscriber.caller.clone();
                 self.unwatch_all(id, kind, &caller);
             }
@@ -122,6 +128,7 @@ impl Hub {
             if !state.wildcard {
                 state.held.remove(name);
                 state.dirty.remove(name);
+                subscriber.forget_refusals(kind, |other| other == name);
             }
             self.unwatch(id, kind, name);
         }

@@ -28,6 +28,9 @@ const SERVER: &str = "turnpike-controller.turnpike-system.svc";
 /// Far beyond what anything here takes; reached only where something is lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+pub(crate) const WEB: &str = "shop/web/uid-web-1/node-a";
+pub(crate) const AGENT: &str = "turnpike-system/turnpike-node/uid-agent/node-a";
+
 pub(crate) struct Rig {
     pub(crate) discovery: Discovery,
     address: String,
@@ -152,11 +155,19 @@ impl Client {
 
     /// Proves that nothing else is on its way: a name that is asked for now is answered next.
     pub(crate) async fn nothing_more(&mut self) {
-        let probe = "default/192.0.2.254";
-        self.subscribe("Address", &[probe]).await;
+        self.probe("Address", "default/192.0.2.254").await;
+    }
+
+    /// The same where an agent asks: types are served in order, and its own come after addresses.
+    pub(crate) async fn nothing_more_for_agents(&mut self) {
+        self.probe("Members", "cluster/nowhere").await;
+    }
+
+    async fn probe(&mut self, kind: &str, name: &str) {
+        self.subscribe(kind, &[name]).await;
         let (added, removed) = self.names().await;
-        assert_eq!((added, removed), (vec![], vec![probe.to_owned()]));
-        self.unsubscribe("Address", &[probe]).await;
+        assert_eq!((added, removed), (vec![], vec![name.to_owned()]));
+        self.unsubscribe(kind, &[name]).await;
     }
 }
 

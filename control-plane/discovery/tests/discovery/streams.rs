@@ -1,16 +1,12 @@
-//! Delta ADS over real TLS, with several subscribers.
-#![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
+//! What is sent to whom, and when.
 
-mod rig;
-
-use rig::{Rig, pod, service, subscription};
 use serde_json::json;
 use tonic::Code;
 use turnpike_api::{Kind, ObjectKey};
 use turnpike_model::{Changes, Model};
 
-const WEB: &str = "shop/web/uid-web-1/node-a";
-const AGENT: &str = "turnpike-system/turnpike-node/uid-agent/node-a";
+use crate::rig::{AGENT, Rig, WEB, pod, service, subscription};
+
 const GATE: &str = "turnpike-system/turnpike-gate/uid-gate/node-a";
 
 fn none() -> Vec<String> {
@@ -257,54 +253,6 @@ async fn one_pod_that_opens_streams_without_end_is_held_back_alone() {
     while rig.open(WEB).await.is_err() {
         tokio::task::yield_now().await;
     }
-}
-
-#[tokio::test]
-async fn a_refusal_is_kept_for_the_status_and_is_not_sent_again() {
-    let rig = Rig::start().await;
-    rig.apply(Kind::Service, service("web", "web"));
-    let policy = |attempts: u32| {
-        json!({
-            "apiVersion": "turnpike.dev/v1alpha1", "kind": "TrafficPolicy",
-            "metadata": {"name": "web", "namespace": "shop"},
-            "spec": {
-                "targetRefs": [{"kind": "Service", "name": "web"}],
-                "retry": {"attempts": attempts},
-            },
-        })
-    };
-    rig.apply(Kind::TrafficPolicy, policy(3));
-    let mut good = rig.client(WEB).await;
-    let mut bad = rig.client("shop/web/uid-web-2/node-a").await;
-    good.subscribe("Service", &["cluster/shop/web@shop"]).await;
-    bad.subscribe("Service", &["cluster/shop/web@shop"]).await;
-    good.told().await;
-    let refused = bad.response().await.unwrap();
-    bad.answer(&refused, Some("routes[0]: not understood"))
-        .await;
-    bad.nothing_more().await;
-    good.nothing_more().await;
-
-    let key = ObjectKey::new(Kind::TrafficPolicy, "shop", "web");
-    let shaped = rig.discovery.read(|model| model.shaped_by(&key));
-    let adoption = rig.discovery.adoption(&shaped);
-    assert_eq!(
-        (adoption.watched, adoption.accepted, adoption.refused),
-        (2, 1, 1)
-    );
-    let status = rig.discovery.status();
-    let refusal = status.iter().find_map(|s| s.last_refusal.clone()).unwrap();
-    assert_eq!(refusal.message, "routes[0]: not understood");
-    assert_eq!(refusal.resources, ["cluster/shop/web@shop"]);
-
-    rig.apply(Kind::TrafficPolicy, policy(4));
-    bad.told().await;
-    bad.nothing_more().await;
-    let adoption = rig.discovery.adoption(&shaped);
-    assert_eq!(
-        (adoption.watched, adoption.accepted, adoption.refused),
-        (2, 1, 0)
-    );
 }
 
 #[tokio::test]
