@@ -16,7 +16,7 @@ use prost::Message;
 use tokio::sync::watch;
 use turnpike_rules::pod::{Members, PodNetwork};
 use turnpike_wire::{
-    ads::{Handler, Update},
+    ads::{Added, Handler, Update},
     discovery::DeltaDiscoveryResponse,
     resource::{Resource, pack},
 };
@@ -79,46 +79,36 @@ impl Policy {
         self.snapshot.subscribe()
     }
 
-    /// Takes an update whole, or nothing of it.
+    /// Takes an update whole, or nothing of it. Also of what it cannot read the controller has
+    /// spoken: what was last understood of it stays, and is not dropped as unknown.
     fn apply(&self, update: Update) -> Result<(), String> {
         let Update {
             type_url,
             added,
             removed,
         } = update;
-        let mut pods = Vec::new();
-        let mut members = Vec::new();
-        for it in added {
-            let name = it.name;
-            if type_url == PodNetwork::TYPE_URL {
-                let pod = PodNetwork::decode(&name, &it.bytes).map_err(|e| e.to_string())?;
-                pods.push((name, Arc::new(pod)));
-            } else if type_url == Members::TYPE_URL {
-                let group = Members::decode(&name, &it.bytes).map_err(|e| e.to_string())?;
-                members.push((name, Arc::new(group)));
-            } else {
-                return Err(format!("{type_url} was not asked for"));
-            }
-        }
+        let read = Read::of(&type_url, &added);
         self.snapshot.send_modify(|snapshot| {
-            let heard = pods
-                .iter()
-                .map(|(name, _)| name)
-                .chain(members.iter().map(|(n, _)| n));
-            for name in heard.chain(&removed) {
-                snapshot.unconfirmed.remove(&confirmable(&type_url, name));
+            for it in &added {
+                snapshot
+                    .unconfirmed
+                    .remove(&confirmable(&type_url, &it.name));
             }
+            let Ok(Read { pods, members }) = &read else {
+                return;
+            };
             for name in &removed {
+                snapshot.unconfirmed.remove(&confirmable(&type_url, name));
                 if type_url == PodNetwork::TYPE_URL {
                     snapshot.pods.remove(name);
                 } else {
                     snapshot.members.remove(name);
                 }
             }
-            snapshot.pods.extend(pods);
-            snapshot.members.extend(members);
+            snapshot.pods.extend(pods.iter().cloned());
+            snapshot.members.extend(members.iter().cloned());
         });
-        Ok(())
+        read.map(drop)
     }
 
     fn drop_unconfirmed(&self) {
@@ -138,6 +128,36 @@ impl Policy {
                 .members
                 .retain(|name, _| keep(Members::TYPE_URL, name));
         });
+    }
+}
+
+/// Of one update or snapshot, what it brings.
+#[derive(Debug, Default)]
+struct Read {
+    pods: Vec<(String, Arc<PodNetwork>)>,
+    members: Vec<(String, Arc<Members>)>,
+}
+
+impl Read {
+    fn of(type_url: &str, added: &[Added]) -> Result<Self, String> {
+        let mut read = Self::default();
+        for it in added {
+            read.add(type_url, &it.name, &it.bytes)?;
+        }
+        Ok(read)
+    }
+
+    fn add(&mut self, type_url: &str, name: &str, bytes: &[u8]) -> Result<(), String> {
+        if type_url == PodNetwork::TYPE_URL {
+            let pod = PodNetwork::decode(name, bytes).map_err(|e| e.to_string())?;
+            self.pods.push((name.to_owned(), Arc::new(pod)));
+        } else if type_url == Members::TYPE_URL {
+            let group = Members::decode(name, bytes).map_err(|e| e.to_string())?;
+            self.members.push((name.to_owned(), Arc::new(group)));
+        } else {
+            return Err(format!("{type_url} was not asked for"));
+        }
+        Ok(())
     }
 }
 
@@ -231,30 +251,30 @@ fn write(path: &PathBuf, bytes: &[u8]) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
+/// What of the file can be read: one entry that a newer agent wrote is no reason to lose the others.
 fn read(path: &Path) -> io::Result<Snapshot> {
     let bytes = fs::read(path)?;
     let response = DeltaDiscoveryResponse::decode(&*bytes).map_err(io::Error::other)?;
+    let mut read = Read::default();
     let mut snapshot = Snapshot::default();
     for resource in response.resources {
         let (name, body) = (resource.name, resource.resource.unwrap_or_default());
-        if body.type_url == PodNetwork::TYPE_URL {
-            let pod = PodNetwork::decode(&name, &body.value).map_err(io::Error::other)?;
-            snapshot.pods.insert(name.clone(), Arc::new(pod));
-        } else {
-            let group = Members::decode(&name, &body.value).map_err(io::Error::other)?;
-            snapshot.members.insert(name.clone(), Arc::new(group));
+        match read.add(&body.type_url, &name, &body.value) {
+            Ok(()) => {
+                let confirmable = confirmable(&body.type_url, &name);
+                snapshot.unconfirmed.insert(confirmable);
+            }
+            Err(error) => tracing::warn!(error, "left out of the last policy"),
         }
-        snapshot
-            .unconfirmed
-            .insert(confirmable(&body.type_url, &name));
     }
+    snapshot.pods.extend(read.pods);
+    snapshot.members.extend(read.members);
     Ok(snapshot)
 }
 
 #[cfg(test)]
 mod tests {
     use turnpike_rules::Identity;
-    use turnpike_wire::ads::Added;
 
     use super::*;
 
@@ -323,6 +343,50 @@ mod tests {
             .apply(update(vec![added("c/shop/b", pod("b").encode())], &[]))
             .unwrap();
         policy.drop_unconfirmed();
+        assert!(policy.pod("c/shop/a").is_none() && policy.pod("c/shop/b").is_some());
+    }
+
+    #[test]
+    fn what_is_heard_and_not_understood_is_kept_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let policy = Policy::load(folder.path());
+        let three = ["a", "b", "c"].map(|it| added(&format!("c/shop/{it}"), pod(it).encode()));
+        policy.apply(update(three.to_vec(), &[])).unwrap();
+        let bytes = encode(&policy.watch().borrow());
+        write(&folder.path().join(FILE), &bytes).unwrap();
+
+        // The controller has become newer than this agent while it was away, and sends one pod in a
+        // form that this agent must not guess at.
+        let newer = turnpike_wire::mesh::PodNetwork {
+            must_understand: vec!["next".into()],
+            ..turnpike_wire::mesh::PodNetwork::from(&pod("a"))
+        };
+        let policy = Policy::load(folder.path());
+        let refused = update(vec![added("c/shop/a", newer.encode_to_vec())], &[]);
+        let reason = policy.apply(refused).unwrap_err();
+        assert!(
+            reason.contains("c/shop/a") && reason.contains("`next`"),
+            "{reason}"
+        );
+        let known = update(vec![added("c/shop/b", pod("b").encode())], &[]);
+        policy.apply(known).unwrap();
+        policy.drop_unconfirmed();
+        assert_eq!(*policy.pod("c/shop/a").unwrap(), pod("a"));
+        assert!(policy.pod("c/shop/b").is_some());
+        assert!(policy.pod("c/shop/c").is_none(), "nobody spoke of it");
+    }
+
+    #[test]
+    fn one_unreadable_entry_on_disk_does_not_take_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut strange = pack("c/shop/a", "", &pod("a"));
+        strange.resource.as_mut().unwrap().value = vec![0xff; 9];
+        let response = DeltaDiscoveryResponse {
+            resources: vec![strange, pack("c/shop/b", "", &pod("b"))],
+            ..DeltaDiscoveryResponse::default()
+        };
+        write(&folder.path().join(FILE), &response.encode_to_vec()).unwrap();
+        let policy = Policy::load(folder.path());
         assert!(policy.pod("c/shop/a").is_none() && policy.pod("c/shop/b").is_some());
     }
 
