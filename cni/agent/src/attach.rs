@@ -7,6 +7,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::Ipv4Addr,
     path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -461,8 +462,8 @@ fn later(node: &Node, attachment: &Attachment) -> bool {
     false
 }
 
-/// Compares what is with what was set up.
-pub async fn check(node: &Arc<Node>, request: &AddRequest) -> Result<(), AttachError> {
+/// Compares what is with what was set up. Returns the pod's address.
+pub async fn check(node: &Arc<Node>, request: &AddRequest) -> Result<Ipv4Addr, AttachError> {
     let attachment = holder(request)?.attachment;
     let _turn = node.flights.begin(&attachment).await;
     let found = node
@@ -473,7 +474,7 @@ pub async fn check(node: &Arc<Node>, request: &AddRequest) -> Result<(), AttachE
     };
     let plan = node.plan(&lease, &note.enforced);
     match node.datapath.check(&plan, &note.applied).await {
-        Ok(differences) if differences.is_empty() => Ok(()),
+        Ok(differences) if differences.is_empty() => Ok(lease.address),
         Ok(differences) => Err(AttachError::Differs(differences)),
         Err(error) => Err(AttachError::Uncheckable(error)),
     }

@@ -88,9 +88,12 @@ impl cni_server::Cni for CniService {
 
     async fn check(&self, request: Request<AddRequest>) -> Result<Response<CheckReply>, Status> {
         let (node, request) = (Arc::clone(&self.0), request.into_inner());
-        self.run(async move { attach::check(&node, &request).await })
+        let address = self
+            .run(async move { attach::check(&node, &request).await })
             .await??;
-        Ok(Response::new(CheckReply {}))
+        Ok(Response::new(CheckReply {
+            address: format!("{address}/32"),
+        }))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
@@ -101,10 +104,7 @@ impl cni_server::Cni for CniService {
             ));
         }
         // A full node is not a broken one: kubelet would take the node out of service.
-        let counts = node.store.read(|pool| pool.counts(node.now()));
-        Ok(Response::new(StatusReply {
-            allocatable: counts.allocatable,
-        }))
+        Ok(Response::new(StatusReply {}))
     }
 
     async fn gc(&self, request: Request<GcRequest>) -> Result<Response<GcReply>, Status> {

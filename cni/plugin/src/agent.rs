@@ -9,7 +9,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use turnpike_wire::node::{
-    self, AddReply, AddRequest, DelRequest, GcRequest, StatusRequest, cni_client::CniClient,
+    self, AddReply, AddRequest, CheckReply, DelRequest, GcRequest, StatusRequest,
+    cni_client::CniClient,
 };
 
 use crate::{
@@ -50,14 +51,13 @@ impl<'a> Agent<'a> {
         .map_err(failed)
     }
 
-    pub async fn check(&self, attachment: &Attachment) -> Result<(), CniError> {
+    pub async fn check(&self, attachment: &Attachment) -> Result<CheckReply, CniError> {
         let request = self.add_request(attachment);
         let failed = self.failed("CHECK", Code::TRY_AGAIN_LATER);
         self.call(CHECK_DEADLINE, async |client, deadline| {
             client.check(within(deadline, request)).await
         })
         .await
-        .map(drop)
         .map_err(failed)
     }
 

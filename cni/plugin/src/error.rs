@@ -24,6 +24,8 @@ impl Code {
     pub const LIMITED_CONNECTIVITY: Self = Self(51);
     /// The agent failed in a way that another attempt may not mend.
     pub const AGENT_FAILED: Self = Self(100);
+    /// CHECK: the network is not the one that ADD answered with.
+    pub const DIFFERS: Self = Self(101);
 }
 
 /// What standard output carries in place of a result.

@@ -2,14 +2,18 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::error::{CniError, Code};
+use crate::{
+    error::{CniError, Code},
+    previous,
+};
 
 /// Versions of the specification whose configurations are understood.
 pub const VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
@@ -56,7 +60,8 @@ pub struct Invocation {
 pub enum Command {
     Add(Attachment),
     Del(Attachment),
-    Check(Attachment),
+    /// With the addresses that the interface has by ADD's result.
+    Check(Attachment, Vec<IpAddr>),
     Status,
     Gc(Vec<ValidAttachment>),
     Version,
@@ -103,8 +108,12 @@ struct TypedConfig {
     agent_socket: Option<PathBuf>,
     timeout_seconds: Option<u64>,
     prev_result: Option<Value>,
-    #[serde(rename = "cni.dev/valid-attachments")]
-    valid_attachments: Vec<ValidAttachment>,
+    /// `None`: the key is not there.
+    #[serde(
+        rename = "cni.dev/valid-attachments",
+        deserialize_with = "null_is_empty"
+    )]
+    valid_attachments: Option<Vec<ValidAttachment>>,
     #[serde(rename = "runtimeConfig")]
     _runtime_config: Value,
     #[serde(rename = "capabilities")]
@@ -113,6 +122,14 @@ struct TypedConfig {
     _args: Value,
     #[serde(flatten)]
     others: BTreeMap<String, Value>,
+}
+
+/// A list without elements is `null` where a runtime in Go never made one.
+fn null_is_empty<'de, D: Deserializer<'de>>(
+    value: D,
+) -> Result<Option<Vec<ValidAttachment>>, D::Error> {
+    let list = Option::<Vec<ValidAttachment>>::deserialize(value)?;
+    Ok(Some(list.unwrap_or_default()))
 }
 
 /// Reads all of it. Only VERSION is answered without a whole configuration.
@@ -214,9 +231,9 @@ fn validate(
     }
     let command = match word {
         "ADD" => Command::Add(attachment(environment)?),
-        "CHECK" => Command::Check(attachment(environment)?),
+        "CHECK" => check(environment, &typed)?,
         "DEL" => Command::Del(detachment(environment)?),
-        "GC" => Command::Gc(typed.valid_attachments.clone()),
+        "GC" => Command::Gc(valid_attachments(&typed)?),
         _ => Command::Status,
     };
     let config = Config {
@@ -229,6 +246,27 @@ fn validate(
         command,
         cni_version: cni_version.clone(),
         config,
+    })
+}
+
+fn check(environment: &Environment, typed: &TypedConfig) -> Result<Command, CniError> {
+    let attachment = attachment(environment)?;
+    let Some(previous) = &typed.prev_result else {
+        return Err(invalid_config(
+            "CHECK needs `prevResult`, the result of the ADD that it is about".to_owned(),
+        ));
+    };
+    let addresses = previous::addresses(previous, &attachment.ifname).map_err(invalid_config)?;
+    Ok(Command::Check(attachment, addresses))
+}
+
+/// What still lives. A runtime that does not say is not taken to mean that nothing does.
+fn valid_attachments(typed: &TypedConfig) -> Result<Vec<ValidAttachment>, CniError> {
+    typed.valid_attachments.clone().ok_or_else(|| {
+        invalid_config(
+            "GC needs `cni.dev/valid-attachments`: without it every pod would lose its network; an              empty list says that none is left"
+                .to_owned(),
+        )
     })
 }
 

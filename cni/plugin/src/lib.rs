@@ -4,14 +4,16 @@
 //! 1. [`input`] reads the environment and standard input, and refuses what is malformed before
 //!    anything happens;
 //! 2. [`agent`] makes the one gRPC call, on a Unix socket, with a deadline;
-//! 3. [`output`] shapes the answer for the version of the specification that the configuration
-//!    names (0.4.0, 1.0.0 or 1.1.0); [`error`] holds the specification's error codes;
+//! 3. [`output`] compares what CHECK finds with what ADD had answered ([`previous`]), and shapes the
+//!    answer for the version of the specification that the configuration names (0.4.0, 1.0.0 or
+//!    1.1.0); [`error`] holds the specification's error codes;
 //! 4. [`tombstone`] notes a DEL that found no agent, so that pods can be deleted while it is away.
 
 pub mod agent;
 pub mod error;
 pub mod input;
 pub mod output;
+pub mod previous;
 pub mod tombstone;
 
 use std::time::SystemTime;
@@ -39,7 +41,11 @@ pub async fn run(
             let reply = agent().add(attachment).await?;
             output::added(&invocation, attachment, &reply).map(Some)
         }
-        Command::Check(attachment) => agent().check(attachment).await.map(|()| None),
+        Command::Check(attachment, expected) => {
+            let found = agent().check(attachment).await;
+            found.and_then(|found| output::checked(&invocation, attachment, expected, &found))?;
+            Ok(None)
+        }
         Command::Del(attachment) => delete(&invocation, attachment, now).await.map(|()| None),
         Command::Status => agent().status().await.map(|()| None),
         Command::Gc(valid) => agent().gc(valid).await.map(|()| None),

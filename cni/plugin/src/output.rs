@@ -1,7 +1,9 @@
 //! Answers in the form of each version of the specification.
 
+use std::net::IpAddr;
+
 use serde_json::{Value, json};
-use turnpike_wire::node::AddReply;
+use turnpike_wire::node::{AddReply, CheckReply};
 
 use crate::{
     error::{CniError, Code},
@@ -59,6 +61,33 @@ pub fn added(
         result["dns"] = json!({});
     }
     Ok(result)
+}
+
+/// Whether the interface still has the address that ADD told the runtime of. That links, routes
+/// and rules are as they were made, the agent has looked at already.
+pub fn checked(
+    invocation: &Invocation,
+    attachment: &Attachment,
+    expected: &[IpAddr],
+    reply: &CheckReply,
+) -> Result<(), CniError> {
+    let address = reply.address.split('/').next().unwrap_or_default();
+    let found = address.parse::<IpAddr>();
+    if found.is_ok_and(|found| expected.contains(&found)) {
+        return Ok(());
+    }
+    let listed: Vec<_> = expected.iter().map(ToString::to_string).collect();
+    let message = format!(
+        "{} has the address `{address}`; `prevResult` has for it: {}",
+        attachment.ifname,
+        if listed.is_empty() {
+            "none".to_owned()
+        } else {
+            listed.join(", ")
+        },
+    );
+    let error = CniError::new(Code::DIFFERS, message, "");
+    Err(error.for_version(&invocation.cni_version))
 }
 
 fn append<const N: usize>(
