@@ -21,6 +21,7 @@ pub mod control;
 pub mod images;
 pub mod kubectl;
 pub mod node;
+pub mod workloads;
 
 pub use cluster::{Cluster, Options};
 pub use kubectl::{Kubectl, Said};

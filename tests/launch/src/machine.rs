@@ -40,6 +40,24 @@ pub(crate) const VERIFY: &[Need] = &[
     need("sqlite3", "sqlite3"),
 ];
 
+/// For a real Kubernetes, which is built by Go: that is asked for by the build itself, since Debian's
+/// own is too old.
+pub(crate) const KUBERNETES: &[Need] = &[
+    need("cc", "gcc"),
+    need("strip", "binutils"),
+    need("nft", "nftables"),
+    need("ip", "iproute2"),
+    need("nsenter", "util-linux"),
+    need("tcpdump", "tcpdump"),
+    need("containerd", "containerd"),
+    need("runc", "runc"),
+    // What images are made of.
+    need("busybox", "busybox-static"),
+    need("nginx", "nginx"),
+    need("curl", "curl"),
+    need("/etc/ssl/certs/ca-certificates.crt", "ca-certificates"),
+];
+
 pub(crate) const BENCH: &[Need] = &[
     need("cc", "gcc"),
     need("nft", "nftables"),

@@ -14,10 +14,12 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 cargo demo [--keep] [--report FILE]   the whole of Turnpike on this machine, in namespaces of its own
-cargo demo down                       takes down what --keep or a killed demo left
+cargo demo --kubernetes               the same on a real two-node Kubernetes, left running to look around
+cargo demo down                       takes down what --keep, --kubernetes or a killed demo left
 cargo verify                          formatting, lints, every test
 cargo verify quick                    formatting, lints and the tests that need no namespaces
 cargo verify tests [NAME]             only the tests (whose name contains NAME)
+cargo verify kubernetes [NAME]        the tests on a real Kubernetes (whose name contains NAME)
 cargo bench-proxy [ARGUMENT...]       our proxy beside Envoy and nginx, as a table
 ";
 
@@ -41,8 +43,16 @@ fn main() -> ExitCode {
 
 fn demo(rest: &[&str]) -> Result<(), String> {
     machine::require_root("cargo demo")?;
-    machine::require(machine::DEMO)?;
+    let kubernetes = rest.contains(&"--kubernetes");
+    machine::require(if kubernetes {
+        machine::KUBERNETES
+    } else {
+        machine::DEMO
+    })?;
     steps::cargo("build the programs", &["build", "--workspace", "--bins"])?;
+    if kubernetes {
+        steps::run("build Kubernetes", "turnpike-cluster", &["build"])?;
+    }
     let mut arguments = vec!["demo"];
     arguments.extend(rest);
     steps::hand_over("turnpike", &arguments)
@@ -67,6 +77,11 @@ fn verify(rest: &[&str]) -> Result<(), String> {
             machine::require_root("cargo verify tests")?;
             machine::require(machine::VERIFY)?;
             tests(filter)?;
+        }
+        ["kubernetes", filter @ ..] => {
+            machine::require_root("cargo verify kubernetes")?;
+            machine::require(machine::KUBERNETES)?;
+            kubernetes(filter)?;
         }
         other => {
             return Err(format!(
@@ -121,6 +136,18 @@ fn tests(filter: &[&str]) -> Result<(), String> {
         arguments.push(name);
     }
     steps::cargo("tests", &arguments)
+}
+
+/// The cluster takes itself down, also when a test fails.
+fn kubernetes(filter: &[&str]) -> Result<(), String> {
+    steps::cargo("build the programs", &["build", "--workspace", "--bins"])?;
+    steps::run("build Kubernetes", "turnpike-cluster", &["build"])?;
+    let mut arguments = vec!["test", "-p", "turnpike-cluster", "--test", "kubernetes"];
+    if let [_, ..] = filter {
+        arguments.push("--");
+        arguments.extend(filter);
+    }
+    steps::cargo("tests on Kubernetes", &arguments)
 }
 
 fn bench(rest: &[&str]) -> Result<(), String> {

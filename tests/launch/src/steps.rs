@@ -37,12 +37,32 @@ pub(crate) fn skipped(name: &str, why: &str) {
     note(name, Err(why.to_owned()));
 }
 
+/// Runs one of the built programs to its end.
+pub(crate) fn run(name: &str, program: &str, arguments: &[&str]) -> Result<(), String> {
+    eprintln!("\n── {name}: {program} {}", arguments.join(" "));
+    let start = Instant::now();
+    let status = Command::new(built(program)?)
+        .args(arguments)
+        .status()
+        .map_err(|error| format!("{program}: {error}"))?;
+    if !status.success() {
+        return Err(format!("{name} failed: `{program}` ended with {status}"));
+    }
+    note(name, Ok(start.elapsed()));
+    Ok(())
+}
+
 /// Becomes one of the built programs.
 pub(crate) fn hand_over(program: &str, arguments: &[&str]) -> Result<(), String> {
+    let error = Command::new(built(program)?).args(arguments).exec();
+    Err(format!("{program}: {error}"))
+}
+
+/// Where a built program is: beside this one.
+fn built(program: &str) -> Result<PathBuf, String> {
     let here = env::current_exe().map_err(|error| format!("this program's place: {error}"))?;
     let folder: PathBuf = here.parent().map(Into::into).unwrap_or_default();
-    let error = Command::new(folder.join(program)).args(arguments).exec();
-    Err(format!("{program}: {error}"))
+    Ok(folder.join(program))
 }
 
 pub(crate) fn summary() {

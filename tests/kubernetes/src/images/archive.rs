@@ -71,6 +71,7 @@ pub(super) struct Image {
     command: Vec<String>,
     environment: Vec<String>,
     user: String,
+    stop_signal: &'static str,
 }
 
 impl Image {
@@ -91,6 +92,7 @@ impl Image {
             command: Vec::new(),
             environment: Vec::new(),
             user: String::new(),
+            stop_signal: "SIGTERM",
         }
     }
 
@@ -121,6 +123,12 @@ impl Image {
 
     pub(super) fn user(mut self, user: &str) -> Self {
         user.clone_into(&mut self.user);
+        self
+    }
+
+    /// What asks the program to end.
+    pub(super) fn stop_signal(mut self, signal: &'static str) -> Self {
+        self.stop_signal = signal;
         self
     }
 
@@ -160,7 +168,7 @@ impl Image {
             "architecture": architecture(), "os": "linux",
             "config": {
                 "Env": self.variables(), "Entrypoint": self.entrypoint, "Cmd": self.command,
-                "User": self.user, "WorkingDir": "/",
+                "User": self.user, "WorkingDir": "/", "StopSignal": self.stop_signal,
             },
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
             "history": history,

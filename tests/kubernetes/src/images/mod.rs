@@ -61,12 +61,11 @@ fn all(cache: &Cache, workshop: &program::Workshop, progress: &dyn Fn(&str)) -> 
             .user("1000")
             .command(&["sleep", "infinity"]),
     );
-    let busybox = workshop.at("/bin/busybox", "/pause")?;
-    // busybox does what its name says; as `sleep` it waits.
+    let pause = workshop.at("/bin/busybox", "/bin/busybox")?;
     images.push(
         Image::new(PAUSE)
-            .layer(busybox)
-            .entrypoint(&["/pause", "sleep", "infinity"]),
+            .layer(pause)
+            .entrypoint(&["/bin/busybox", "sleep", "infinity"]),
     );
     let coredns = workshop.whole(&cache.program("coredns"), "/usr/local/bin/coredns");
     images.push(
@@ -135,6 +134,8 @@ fn nginx(workshop: &program::Workshop, shell: Vec<File>) -> Result<Image> {
         .layer(shell)
         .layer(files)
         .user("101")
+        // As its own image says: what is under way is finished.
+        .stop_signal("SIGQUIT")
         // Its log from before it has read its configuration too.
         .entrypoint(&["/usr/sbin/nginx", "-e", "/dev/stderr", "-g", "daemon off;"]))
 }

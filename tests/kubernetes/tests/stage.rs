@@ -1,0 +1,185 @@
+//! The cluster that all subjects share, and what they ask of it again and again.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Failed;
+use turnpike_cluster::{Cluster, Options, Said, chart, kubectl::Kubectl};
+use turnpike_rig::wait_for;
+
+pub(crate) type Test = fn(&mut Cluster) -> Result<()>;
+
+/// Long enough for a pod to be made, scheduled, started and ready on two busy cores.
+pub(crate) const SOON: Duration = Duration::from_secs(90);
+/// For policy to take effect everywhere.
+pub(crate) const EFFECT: Duration = Duration::from_secs(15);
+
+#[derive(Debug, Default)]
+pub(crate) enum Stage {
+    #[default]
+    Dark,
+    Lit(Box<Cluster>),
+    /// It did not come up: every subject says so.
+    Failed(String),
+}
+
+/// Runs one subject, on a cluster that is brought up for the first.
+pub(crate) fn run(stage: &Mutex<Stage>, name: &str, test: Test) -> Result<(), Failed> {
+    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
+    if matches!(*stage, Stage::Dark) {
+        *stage = light();
+    }
+    let cluster = match &mut *stage {
+        Stage::Lit(cluster) => cluster,
+        Stage::Failed(why) => return Err(why.as_str().into()),
+        Stage::Dark => return Err("no cluster".into()),
+    };
+    let begun = Instant::now();
+    let result = catch_unwind(AssertUnwindSafe(|| test(cluster)))
+        .unwrap_or_else(|panic| Err(anyhow::anyhow!("{}", said_by(&*panic))));
+    eprintln!("    {name}: {:.1} s", begun.elapsed().as_secs_f64());
+    result.map_err(|error| {
+        eprintln!("{}", explain(cluster));
+        format!("{error:#}").into()
+    })
+}
+
+fn light() -> Stage {
+    let begun = Instant::now();
+    let tell = |what: &str| eprintln!("  {:>5.1} s {what}", begun.elapsed().as_secs_f64());
+    let options = Options {
+        name: "tpt-kube".to_owned(),
+        keep: false,
+    };
+    let lit = Cluster::up(options, &tell).and_then(|cluster| {
+        if let Err(error) = cluster.install(&chart::values(), &tell) {
+            eprintln!("{}", explain(&cluster));
+            return Err(error);
+        }
+        tell("ready");
+        Ok(cluster)
+    });
+    match lit {
+        Ok(cluster) => Stage::Lit(Box::new(cluster)),
+        Err(error) => Stage::Failed(format!("the cluster did not come up: {error:#}")),
+    }
+}
+
+/// What a person would look at first.
+fn explain(cluster: &Cluster) -> String {
+    let show = |arguments: &[&str]| {
+        cluster
+            .kubectl
+            .run(arguments)
+            .map_or_else(|e| e.to_string(), |said| said.all())
+    };
+    let ours = [
+        "-n",
+        chart::NAMESPACE,
+        "logs",
+        "--prefix",
+        "--all-containers",
+        "--tail=25",
+        "-l",
+    ];
+    let mut text = String::new();
+    for (title, what) in [
+        ("nodes", show(&["get", "nodes", "-o", "wide"])),
+        ("pods", show(&["get", "pods", "-A", "-o", "wide"])),
+        (
+            "events",
+            show(&["get", "events", "-A", "--sort-by=.lastTimestamp"])
+                .lines()
+                .rev()
+                .take(40)
+                .collect::<Vec<_>>()
+                .join("\n"),
+        ),
+        (
+            "Turnpike",
+            show(&[&ours[..], &["app.kubernetes.io/name=turnpike"]].concat()),
+        ),
+        ("programs", cluster.logs()),
+    ] {
+        text.push_str(&format!("════ {title}\n{what}\n"));
+    }
+    text
+}
+
+fn said_by(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("it panicked")
+        .to_owned()
+}
+
+/// One call from a pod: quiet, at most five seconds, the status on standard output.
+pub(crate) fn curl(
+    kubectl: &Kubectl,
+    namespace: &str,
+    pod: &str,
+    arguments: &[&str],
+) -> Result<Said> {
+    let mut line = vec![
+        "curl",
+        "-s",
+        "-k",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_code}",
+        "--max-time",
+        "5",
+    ];
+    line.extend(arguments);
+    kubectl.exec(namespace, &format!("{pod}/curl"), &line)
+}
+
+/// Whether a call is answered 200.
+pub(crate) fn passes(
+    kubectl: &Kubectl,
+    namespace: &str,
+    pod: &str,
+    arguments: &[&str],
+) -> Result<bool> {
+    Ok(curl(kubectl, namespace, pod, arguments)?.out == "200")
+}
+
+/// Calls until it is answered 200.
+pub(crate) fn passes_soon(kubectl: &Kubectl, namespace: &str, pod: &str, url: &str) -> Result<()> {
+    let mut last = None;
+    let passed = wait_for(EFFECT, || {
+        let said = curl(kubectl, namespace, pod, &[url]).ok()?;
+        let passed = said.out == "200";
+        last = Some(said);
+        passed.then_some(())
+    });
+    ensure!(passed.is_some(), "{namespace}/{pod} → {url}: {last:?}");
+    Ok(())
+}
+
+/// Asks again until it holds; fails with what was asked.
+pub(crate) fn soon(
+    limit: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let mut last = None;
+    let held = wait_for(limit, || match ask() {
+        Ok(true) => Some(()),
+        Ok(false) => None,
+        Err(error) => {
+            last = Some(error);
+            None
+        }
+    });
+    match (held, last) {
+        (Some(()), _) => Ok(()),
+        (None, Some(error)) => Err(error).context(format!("not after {limit:?}: {what}")),
+        (None, None) => anyhow::bail!("not after {limit:?}: {what}"),
+    }
+}
