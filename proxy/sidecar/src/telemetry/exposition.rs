@@ -404,13 +404,48 @@ mod tests {
     fn a_handle_that_meets_many_endings_counts_them_all() {
         let metrics = metrics();
         let series = metrics.http(&labels(Direction::Outbound, "pay"));
-        for status in 200..260 {
-            series.finished(&outcome(status, 1));
-            series.finished(&outcome(status, 1));
+        let mut flags = Flags::NONE;
+        for flag in [Flags::NONE, Flags::TIMEOUT, Flags::OVERFLOW, Flags::IDLE] {
+            flags = flags.with(flag);
+            for status in [200, 201, 301, 400, 404, 500, 502, 503] {
+                for _ in 0..2 {
+                    let outcome = outcome(status, 1);
+                    series.finished(&HttpOutcome { flags, ..outcome });
+                }
+            }
         }
         let all = metrics.http_series();
-        assert_eq!(all.len(), 60);
+        assert_eq!(all.len(), 32);
         assert!(all.iter().all(|(_, cell)| cell.count == 2));
+    }
+
+    #[test]
+    fn a_server_that_makes_up_statuses_makes_few_series() {
+        let metrics = metrics();
+        let series = metrics.http(&labels(Direction::Outbound, "pay"));
+        for status in 0..1000 {
+            series.finished(&outcome(status, 1));
+        }
+        for status in (0..1000).chain([u32::MAX]) {
+            let outcome = outcome(200, 1);
+            series.finished(&HttpOutcome {
+                grpc_status: Some(status),
+                ..outcome
+            });
+        }
+        let all = metrics.http_series();
+        assert!(all.len() < 100, "{}", all.len());
+        assert_eq!(all.iter().map(|(_, cell)| cell.count).sum::<u64>(), 2001);
+        let text = exposed(&metrics);
+        let count = |labels: &[&str]| {
+            let line = line(&text, "istio_requests_total", labels);
+            line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()
+        };
+        assert_eq!(count(&[r#"response_code="404""#]), 1);
+        assert!(count(&[r#"response_code="4xx""#]) > 60);
+        assert!(count(&[r#"response_code="other""#]) >= 400);
+        assert_eq!(count(&[r#"grpc_response_status="16""#]), 1);
+        assert_eq!(count(&[r#"grpc_response_status="other""#]), 984);
     }
 
     /// A label's value cannot break out of its quotes.

@@ -1,10 +1,14 @@
 //! Istio's labels, so that its dashboards and Kiali read these metrics.
 
+use std::fmt;
+
+use http::StatusCode;
 use turnpike_rules::{Identity, ServiceKey, workload::SelfConfig};
 
 use crate::observe::{Direction, Flags, Labels};
 
 const UNKNOWN: &str = "unknown";
+const OTHER: &str = "other";
 
 /// This side of every connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +42,71 @@ pub(super) type Pair = (&'static str, String);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Http {
-        status: u16,
-        grpc_status: Option<u32>,
+        code: Code,
+        grpc_code: Option<GrpcCode>,
     },
     Tcp,
+}
+
+/// A status as a label: servers may answer any number, and must not make as many series.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Code {
+    /// Registered with IANA, or 0 where no response was begun.
+    Known(u16),
+    /// `4xx`: dashboards match on the first digit.
+    Class(u8),
+    Other,
+}
+
+impl Code {
+    pub(super) fn of(status: u16) -> Self {
+        let registered = |code: StatusCode| code.canonical_reason().is_some();
+        match status {
+            0 => Self::Known(0),
+            _ if StatusCode::from_u16(status).is_ok_and(registered) => Self::Known(status),
+            100..600 => Self::Class((status / 100) as u8),
+            _ => Self::Other,
+        }
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Known(status) => status.fmt(f),
+            Self::Class(class) => write!(f, "{class}xx"),
+            Self::Other => f.write_str(OTHER),
+        }
+    }
+}
+
+/// One of gRPC's statuses, or something that a server made up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum GrpcCode {
+    Known(u32),
+    Other,
+}
+
+impl GrpcCode {
+    /// The highest (UNAUTHENTICATED):
+    /// <https://github.com/grpc/grpc/blob/master/doc/statuscodes.md>.
+    const LAST: u32 = 16;
+
+    pub(super) fn of(status: u32) -> Self {
+        match status {
+            0..=Self::LAST => Self::Known(status),
+            _ => Self::Other,
+        }
+    }
+}
+
+impl fmt::Display for GrpcCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Known(status) => status.fmt(f),
+            Self::Other => f.write_str(OTHER),
+        }
+    }
 }
 
 /// Istio's labels of one series, in Istio's order.
@@ -94,16 +159,10 @@ pub(super) fn pairs(own: &Own, labels: &Labels, kind: Kind, flags: Flags) -> Vec
         Kind::Tcp => "tcp",
     };
     pairs.push(("request_protocol", protocol.to_owned()));
-    if let Kind::Http {
-        status,
-        grpc_status,
-    } = kind
-    {
-        pairs.push(("response_code", status.to_string()));
-        let grpc_status = grpc_status
-            .map(|status| status.to_string())
-            .unwrap_or_default();
-        pairs.push(("grpc_response_status", grpc_status));
+    if let Kind::Http { code, grpc_code } = kind {
+        pairs.push(("response_code", code.to_string()));
+        let grpc_code = grpc_code.map(|code| code.to_string()).unwrap_or_default();
+        pairs.push(("grpc_response_status", grpc_code));
     }
     pairs.push(("response_flags", flags.to_string()));
     // Istio's callers say "unknown", since they cannot tell; ours made the connection and can.

@@ -16,7 +16,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use super::{
-    labels::{self, Kind, Own, Pair},
+    labels::{self, Code, GrpcCode, Kind, Own, Pair},
     services::Services,
 };
 use crate::observe::{Direction, Flags, HttpOutcome, HttpSeries, Labels, RefusalReason, TcpSeries};
@@ -60,8 +60,8 @@ pub(crate) struct Metrics {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct HttpKey {
     labels: Labels,
-    status: u16,
-    grpc_status: Option<u32>,
+    code: Code,
+    grpc_code: Option<GrpcCode>,
     flags: Flags,
 }
 
@@ -150,13 +150,13 @@ impl Metrics {
         let series = family.series.iter().map(|(key, cell)| {
             let HttpKey {
                 labels,
-                status,
-                grpc_status,
+                code,
+                grpc_code,
                 flags,
             } = key;
             let kind = Kind::Http {
-                status: *status,
-                grpc_status: *grpc_status,
+                code: *code,
+                grpc_code: *grpc_code,
             };
             (
                 labels::pairs(&self.own, labels, kind, *flags),
@@ -250,7 +250,7 @@ impl Histogram {
     }
 }
 
-/// What makes a request's series beyond its labels.
+/// How a request ended, as it was told.
 type Ending = (u16, Option<u32>, Flags);
 
 #[derive(Debug)]
@@ -270,8 +270,8 @@ impl HttpHandle {
         let (status, grpc_status, flags) = ending;
         let key = HttpKey {
             labels: self.labels.clone(),
-            status,
-            grpc_status,
+            code: Code::of(status),
+            grpc_code: grpc_status.map(GrpcCode::of),
             flags,
         };
         let cell = self.metrics.http.lock().cell(key, self.labels.direction);

@@ -1,7 +1,4 @@
-//! The access log: one JSON object a line, with Envoy's field names.
-//!
-//! A worker formats its line and appends it to a buffer; one thread writes the buffer out, a few
-//! times a second or when it has grown, so that a request costs neither a system call nor a wait.
+//! One line of the access log: a JSON object with Envoy's field names.
 
 use std::{
     borrow::Cow,
@@ -9,148 +6,20 @@ use std::{
     fmt,
     io::Write,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use parking_lot::{Condvar, Mutex};
 use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-
 use turnpike_rules::ServiceKey;
 
-use super::trace::trace_ids;
-use crate::observe::{AccessRecord, Direction, HttpRecord, Refusal};
-
-/// Lines that wait to be written. Full (the reader of stdout is slow): new lines are dropped and
-/// counted.
-const MAX_BUFFERED: usize = 1024 * 1024;
-/// With this much the writer is woken at once.
-const WRITE_AT: usize = 64 * 1024;
-/// A line waits at most this long.
-const WRITE_EVERY: Duration = Duration::from_millis(100);
-
-/// The log; cheap to clone.
-#[derive(Clone)]
-pub struct AccessLog(Arc<Shared>);
-
-struct Shared {
-    buffer: Mutex<Buffer>,
-    wake: Condvar,
-    written: Condvar,
-    dropped: AtomicU64,
-}
-
-#[derive(Default)]
-struct Buffer {
-    bytes: Vec<u8>,
-    flush: bool,
-    writing: bool,
-}
-
-impl AccessLog {
-    /// Starts the thread that writes to `output`; it lives as long as the process.
-    pub fn start(output: impl Write + Send + 'static) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
-            buffer: Mutex::default(),
-            wake: Condvar::new(),
-            written: Condvar::new(),
-            dropped: AtomicU64::new(0),
-        });
-        let log = Self(shared.clone());
-        thread::Builder::new()
-            .name("access-log".into())
-            .spawn(move || write(&shared, output))?;
-        Ok(log)
-    }
-
-    /// Lines that found no room.
-    pub fn dropped(&self) -> u64 {
-        self.0.dropped.load(Relaxed)
-    }
-
-    /// Returns when what was logged before is written, or after a second.
-    pub fn flush(&self) {
-        let mut buffer = self.0.buffer.lock();
-        buffer.flush = true;
-        self.0.wake.notify_one();
-        let done = |buffer: &mut Buffer| !buffer.bytes.is_empty() || buffer.writing;
-        self.0
-            .written
-            .wait_while_for(&mut buffer, done, Duration::from_secs(1));
-    }
-
-    pub(super) fn record(&self, record: &AccessRecord<'_>) {
-        let now = SystemTime::now();
-        self.append(|out| write_line(out, record, now));
-    }
-
-    pub(super) fn refused(&self, refusal: &Refusal<'_>) {
-        let line = RefusedLine::new(refusal, SystemTime::now());
-        self.append(|out| {
-            // A vector takes everything, and the line has nothing that is no JSON.
-            let _ = serde_json::to_writer(&mut *out, &line);
-            out.push(b'\n');
-        });
-    }
-
-    fn append(&self, write: impl FnOnce(&mut Vec<u8>)) {
-        // Written where it waits, under the lock: workers meet there for a microsecond at most.
-        let mut buffer = self.0.buffer.lock();
-        let before = buffer.bytes.len();
-        write(&mut buffer.bytes);
-        if buffer.bytes.len() > MAX_BUFFERED {
-            buffer.bytes.truncate(before);
-            drop(buffer);
-            self.0.dropped.fetch_add(1, Relaxed);
-            return;
-        }
-        // The first line of a batch, and the one that fills it.
-        let wake = before == 0 || (before < WRITE_AT && buffer.bytes.len() >= WRITE_AT);
-        drop(buffer);
-        if wake {
-            self.0.wake.notify_one();
-        }
-    }
-}
-
-impl fmt::Debug for AccessLog {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "AccessLog({} dropped)", self.dropped())
-    }
-}
-
-fn write(shared: &Shared, mut output: impl Write) {
-    let mut lines = Vec::new();
-    loop {
-        {
-            let mut buffer = shared.buffer.lock();
-            while buffer.bytes.is_empty() && !buffer.flush {
-                shared.wake.wait(&mut buffer);
-            }
-            let more = |buffer: &mut Buffer| buffer.bytes.len() < WRITE_AT && !buffer.flush;
-            shared.wake.wait_while_for(&mut buffer, more, WRITE_EVERY);
-            buffer.flush = false;
-            buffer.writing = true;
-            std::mem::swap(&mut buffer.bytes, &mut lines);
-        }
-        if !lines.is_empty() {
-            // Nobody reads: there is no better place to complain to.
-            let _ = output.write_all(&lines).and_then(|()| output.flush());
-            lines.clear();
-            lines.shrink_to(WRITE_AT);
-        }
-        shared.buffer.lock().writing = false;
-        shared.written.notify_all();
-    }
-}
+use crate::{
+    observe::{AccessRecord, Direction, HttpRecord, Refusal},
+    telemetry::trace::trace_ids,
+};
 
 /// One request or connection. Fields that do not apply are null, as Envoy writes them.
-fn write_line(out: &mut Vec<u8>, record: &AccessRecord<'_>, now: SystemTime) {
+pub(super) fn write_line(out: &mut Vec<u8>, record: &AccessRecord<'_>, now: SystemTime) {
     let AccessRecord {
         direction,
         http,
@@ -319,6 +188,12 @@ fn decimal(out: &mut Vec<u8>, value: u64) {
 }
 
 /// Something refused at the door.
+pub(super) fn write_refusal(out: &mut Vec<u8>, refusal: &Refusal<'_>, now: SystemTime) {
+    // A vector takes everything, and the line has nothing that is no JSON.
+    let _ = serde_json::to_writer(&mut *out, &RefusedLine::new(refusal, now));
+    out.push(b'\n');
+}
+
 #[derive(Serialize)]
 struct RefusedLine<'a> {
     #[serde(serialize_with = "shown")]
@@ -438,55 +313,26 @@ fn shown_option<S: Serializer>(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
+pub(super) mod tests {
     use http::{HeaderValue, Method, Uri, Version};
     use serde_json::Value;
-    use turnpike_rules::{Identity, ServiceKey};
+    use turnpike_rules::Identity;
 
     use super::*;
     use crate::observe::{Flags, RefusalReason};
 
-    /// Output that the test reads, or holds up.
-    struct Pipe {
-        written: Arc<Mutex<Vec<u8>>>,
-        gate: Option<mpsc::Receiver<()>>,
+    fn parsed(write: impl FnOnce(&mut Vec<u8>)) -> Value {
+        let mut line = Vec::new();
+        write(&mut line);
+        assert_eq!(line.pop(), Some(b'\n'));
+        assert!(
+            !line.contains(&b'\n'),
+            "LF from a peer does not end the line"
+        );
+        serde_json::from_slice(&line).unwrap()
     }
 
-    impl Write for Pipe {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            if let Some(gate) = &self.gate {
-                let _ = gate.recv();
-            }
-            self.written.lock().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn log(gate: Option<mpsc::Receiver<()>>) -> (AccessLog, Arc<Mutex<Vec<u8>>>) {
-        let written = Arc::new(Mutex::new(Vec::new()));
-        let log = AccessLog::start(Pipe {
-            written: written.clone(),
-            gate,
-        })
-        .unwrap();
-        (log, written)
-    }
-
-    fn lines(written: &Mutex<Vec<u8>>) -> Vec<Value> {
-        let bytes = written.lock();
-        let text = std::str::from_utf8(&bytes).unwrap();
-        text.lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
-    }
-
-    fn record<'a>(
+    pub(in super::super) fn record<'a>(
         http: Option<HttpRecord<'a>>,
         service: Option<&'a ServiceKey>,
     ) -> AccessRecord<'a> {
@@ -511,7 +357,6 @@ mod tests {
 
     #[test]
     fn a_request_is_one_line_with_envoys_names() {
-        let (log, written) = log(None);
         let (method, uri) = (
             Method::POST,
             "http://pay/charge?x=1".parse::<Uri>().unwrap(),
@@ -534,14 +379,11 @@ mod tests {
             grpc_status: None,
         };
         let peer = Some(&identity);
-        log.record(&AccessRecord {
+        let record = AccessRecord {
             peer,
             ..record(Some(http), Some(&service))
-        });
-        log.flush();
-        let lines = lines(&written);
-        assert_eq!(lines.len(), 1, "CR and LF from a peer do not end the line");
-        let line = &lines[0];
+        };
+        let line = parsed(|out| write_line(out, &record, SystemTime::now()));
         for (field, value) in [
             ("method", "POST"),
             ("path", "/charge?x=1"),
@@ -580,50 +422,22 @@ mod tests {
 
     #[test]
     fn connections_and_refusals_have_lines_too() {
-        let (log, written) = log(None);
-        log.record(&record(None, None));
-        log.refused(&Refusal {
+        let now = SystemTime::now();
+        let connection = parsed(|out| write_line(out, &record(None, None), now));
+        assert_eq!(connection["method"], Value::Null);
+        assert_eq!(connection["upstream_cluster"], "PassthroughCluster");
+        let refusal = Refusal {
             direction: Direction::Inbound,
             reason: RefusalReason::Strict,
             downstream: None,
             original: None,
             details: "plaintext to a STRICT port",
-        });
-        log.flush();
-        let lines = lines(&written);
-        assert_eq!(lines[0]["method"], Value::Null);
-        assert_eq!(lines[0]["upstream_cluster"], "PassthroughCluster");
-        assert_eq!(lines[1]["refused"], "strict");
-        assert_eq!(
-            lines[1]["response_code_details"],
-            "plaintext to a STRICT port"
-        );
-    }
-
-    #[test]
-    fn a_reader_that_stalls_costs_lines_not_memory() {
-        let (release, gate) = mpsc::channel();
-        let (log, written) = log(Some(gate));
-        let each = {
-            let mut line = Vec::new();
-            write_line(&mut line, &record(None, None), SystemTime::now());
-            line.len()
         };
-        // Twice what the buffer and the batch in the writer's hands can take.
-        let logged = 4 * MAX_BUFFERED / each;
-        for _ in 0..logged {
-            log.record(&record(None, None));
-        }
-        assert!(log.dropped() > 0);
-        assert!(log.0.buffer.lock().bytes.len() <= MAX_BUFFERED);
-        drop(release);
-        log.flush();
-        log.flush();
-        let kept = lines(&written).len() as u64;
+        let refused = parsed(|out| write_refusal(out, &refusal, now));
+        assert_eq!(refused["refused"], "strict");
         assert_eq!(
-            kept + log.dropped(),
-            logged as u64,
-            "each line is written or counted"
+            refused["response_code_details"],
+            "plaintext to a STRICT port"
         );
     }
 }
