@@ -5,6 +5,7 @@
 //! key.
 
 use std::{
+    borrow::Cow,
     fmt, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, OnceLock},
@@ -69,6 +70,8 @@ pub enum Phase {
     Serving,
     /// Told to stop: no new work, finishing what is there.
     Draining,
+    /// A task that should not has ended: as draining, to be started anew.
+    Failed(&'static str),
 }
 
 /// Sets the log filter, as `RUST_LOG` writes it, or says what is wrong with it.
@@ -86,18 +89,23 @@ pub struct State {
 
 impl State {
     /// Why the proxy is not ready; `None`: it is.
-    fn unready(&self) -> Option<&'static str> {
-        match *self.phase.borrow() {
-            Phase::Draining => Some("draining"),
+    fn unready(&self) -> Option<Cow<'static, str>> {
+        let why = match *self.phase.borrow() {
+            Phase::Failed(task) => {
+                let why = format!("the task `{task}` has failed, the log says why; restarting");
+                return Some(why.into());
+            }
+            Phase::Draining => "draining",
             _ if self.credentials.load().is_none() => {
-                Some("waiting for a certificate from the CA; the log says why it takes long")
+                "waiting for a certificate from the CA; the log says why it takes long"
             }
             _ if self.store.own_now().is_none() => {
-                Some("waiting for this pod's configuration from the controller")
+                "waiting for this pod's configuration from the controller"
             }
-            Phase::Starting => Some("starting"),
-            Phase::Serving => None,
-        }
+            Phase::Starting => "starting",
+            Phase::Serving => return None,
+        };
+        Some(why.into())
     }
 
     fn gauges(&self) -> Gauges {
@@ -370,16 +378,29 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_client_that_does_not_read_is_let_go() {
+    fn state() -> Arc<State> {
         let identity = Identity::new("cluster.local", "shop", "web").unwrap();
-        let state = Arc::new(State {
+        Arc::new(State {
             store: Store::new("cluster", "default", "u1", identity),
             credentials: CredentialStore::empty(),
             telemetry: OnceLock::new(),
             phase: watch::Sender::new(Phase::Starting),
             set_level: Box::new(|_| Ok(())),
-        });
+        })
+    }
+
+    #[test]
+    fn a_proxy_that_has_failed_says_so() {
+        let state = state();
+        state.phase.send_replace(Phase::Failed("discovery"));
+        assert_eq!(ready(&state).status(), StatusCode::SERVICE_UNAVAILABLE);
+        let why = state.unready().unwrap();
+        assert!(why.starts_with("the task `discovery` has failed"), "{why}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_let_go() {
+        let state = state();
         // Less than the head of an answer.
         let (mut client, server) = tokio::io::duplex(16);
         let life = Duration::from_millis(50);

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
+use tokio::{
+    runtime::{Builder, LocalOptions, LocalRuntime},
+    sync::mpsc,
+};
 
 use crate::{
     capture::{listen, no_such_family},
@@ -28,6 +31,7 @@ impl fmt::Debug for DataPlane {
             outbound,
             inbound,
             workers,
+            ended: _,
         } = self;
         f.debug_struct("DataPlane")
             .field("drainer", drainer)
@@ -50,6 +54,14 @@ pub enum StartError {
     Worker(io::Error),
 }
 
+/// A worker's thread ended before the drain: its connections are gone.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("worker {index} ended: {why}")]
+pub struct WorkerEnded {
+    index: usize,
+    why: String,
+}
+
 /// The running data plane. Dropped without [`DataPlane::drain`], it cuts everything.
 pub struct DataPlane {
     drainer: Drainer,
@@ -57,6 +69,8 @@ pub struct DataPlane {
     outbound: Vec<SocketAddr>,
     inbound: Vec<SocketAddr>,
     workers: Vec<JoinHandle<()>>,
+    /// Told by workers as they end.
+    ended: mpsc::Receiver<WorkerEnded>,
 }
 
 impl DataPlane {
@@ -78,13 +92,16 @@ impl DataPlane {
         let shared = Shared::new(config, mesh, observer, drain, listeners);
         let listeners = outbound.into_iter().chain(inbound);
         let listeners = listeners.map(|l| (l.direction, l.socket)).collect();
-        let workers = start_workers(&shared, workers, listeners)?;
+        // As many as may ever be told.
+        let (end, ended) = mpsc::channel(workers);
+        let workers = start_workers(&shared, workers, listeners, &end)?;
         Ok(Self {
             drainer,
             shared,
             outbound: outbound_at,
             inbound: inbound_at,
             workers,
+            ended,
         })
     }
 
@@ -112,6 +129,14 @@ impl DataPlane {
             open(open_inbound.count(), &self.inbound),
             open(open_outbound.count(), &self.outbound),
         )
+    }
+
+    /// Returns when a worker has ended without being told to.
+    pub async fn ended(&mut self) -> WorkerEnded {
+        match self.ended.recv().await {
+            Some(ended) => ended,
+            None => std::future::pending().await,
+        }
     }
 
     /// Ends it: inbound connections finish what they carry and no new ones are taken; outbound
@@ -179,6 +204,7 @@ fn start_workers(
     shared: &Arc<Shared>,
     count: usize,
     listeners: Vec<(Direction, std::net::TcpListener)>,
+    end: &mpsc::Sender<WorkerEnded>,
 ) -> Result<Vec<JoinHandle<()>>, StartError> {
     let loads: Arc<[AtomicUsize]> = (0..count).map(|_| AtomicUsize::new(0)).collect();
     let mut senders = Vec::new();
@@ -187,15 +213,13 @@ fn start_workers(
         let (sender, receiver) = worker::handover();
         senders.push(sender);
         let loads = loads.clone();
-        threads.push(start_worker(index, shared, move |worker| {
+        threads.push(start_worker(index, shared, end, move |worker| {
             worker::run_other(worker, receiver, index, loads)
         })?);
     }
     let others = Others { loads, senders };
-    threads.push(start_worker(0, shared, move |worker| async move {
-        if let Err(error) = worker::run_first(worker, listeners, others).await {
-            tracing::error!(%error, "the accepting worker ended");
-        }
+    threads.push(start_worker(0, shared, end, move |worker| {
+        worker::run_first(worker, listeners, others)
     })?);
     Ok(threads)
 }
@@ -203,11 +227,12 @@ fn start_workers(
 fn start_worker<F, R>(
     index: usize,
     shared: &Arc<Shared>,
+    end: &mpsc::Sender<WorkerEnded>,
     run: R,
 ) -> Result<JoinHandle<()>, StartError>
 where
     R: FnOnce(std::rc::Rc<Worker>) -> F + Send + 'static,
-    F: Future<Output = ()> + 'static,
+    F: Future<Output = Result<(), String>> + 'static,
 {
     let runtime = || -> io::Result<LocalRuntime> {
         Builder::new_current_thread()
@@ -215,9 +240,15 @@ where
             .build_local(LocalOptions::default())
     };
     let shared = shared.clone();
+    let end = End {
+        index,
+        why: Some("it panicked".to_owned()),
+        tell: end.clone(),
+    };
     let (started, has_started) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name(format!("worker-{index}"));
     let thread = thread.spawn(move || {
+        let mut end = end;
         // Made here: a local runtime belongs to one thread.
         let runtime = match runtime() {
             Ok(runtime) => runtime,
@@ -227,7 +258,8 @@ where
             }
         };
         let _ = started.send(Ok(()));
-        runtime.block_on(async move { run(Worker::new(shared)).await });
+        let ran = runtime.block_on(async move { run(Worker::new(shared)).await });
+        end.why = ran.err();
     });
     let thread = thread.map_err(StartError::Worker)?;
     match has_started.recv() {
@@ -236,5 +268,21 @@ where
         Err(_) => Err(StartError::Worker(io::Error::other(
             "the worker's thread ended",
         ))),
+    }
+}
+
+/// Tells how a worker's thread ended, also by a panic; nothing where it was told to.
+struct End {
+    index: usize,
+    why: Option<String>,
+    tell: mpsc::Sender<WorkerEnded>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if let Some(why) = self.why.take() {
+            let index = self.index;
+            let _ = self.tell.try_send(WorkerEnded { index, why });
+        }
     }
 }

@@ -21,6 +21,7 @@ pub mod config;
 pub mod control;
 pub mod mesh;
 pub mod observe;
+pub mod tasks;
 pub mod telemetry;
 
 mod balance;
@@ -44,4 +45,4 @@ mod tcp;
 mod tls;
 mod worker;
 
-pub use data_plane::{DataPlane, StartError};
+pub use data_plane::{DataPlane, StartError, WorkerEnded};

@@ -3,7 +3,8 @@
 //! 1. The settings come from the environment, which injection sets;
 //! 2. the control side starts on this thread: certificate, configuration, admin ports;
 //! 3. when both have come, the data plane starts on threads of its own, and the pod is ready;
-//! 4. SIGTERM: not ready, drain, send what telemetry is left, exit 0.
+//! 4. SIGTERM: not ready, drain, send what telemetry is left, exit 0; the same with exit 1 when a
+//!    task ends that should not, and at once when a worker does.
 
 use std::{
     io::IsTerminal,
@@ -19,7 +20,6 @@ use clap::Parser;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
-    task::JoinSet,
 };
 use tracing_subscriber::{
     EnvFilter, Layer, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
@@ -31,6 +31,7 @@ use turnpike_sidecar::{
     config::Config,
     control::{Control, ControlConfig},
     mesh::Mesh,
+    tasks::Tasks,
     telemetry::{
         Own, Telemetry,
         access_log::AccessLog,
@@ -225,7 +226,7 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
     let cluster = control.cluster.clone();
     let mut stop = Stop::listen()?;
     let admin = Admin::bind(&AdminConfig::default())?;
-    let control = Control::start(control);
+    let mut control = Control::start(control);
     let state = Arc::new(State {
         store: control.store().clone(),
         credentials: control.credentials().clone(),
@@ -233,11 +234,14 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
         phase: watch::Sender::new(Phase::Starting),
         set_level,
     });
-    let mut tasks = JoinSet::new();
-    tasks.spawn(admin.serve(state.clone()));
+    let mut tasks = Tasks::default();
+    tasks.spawn("admin", admin.serve(state.clone()));
 
+    let ready = control.ready();
     let own = tokio::select! {
-        own = control.ready() => own,
+        own = ready => own,
+        ended = tasks.ended() => return Err(ended.into()),
+        ended = control.ended() => return Err(ended.into()),
         () = stop.asked() => return Ok(()),
     };
     let exports = otlp.map(|(endpoint, interval)| exports(&own, &pod, endpoint, interval));
@@ -251,38 +255,52 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
         credentials,
         &cluster,
     );
-    let traffic = DataPlane::start(data_plane, mesh, telemetry.clone())?;
+    let mut traffic = DataPlane::start(data_plane, mesh, telemetry.clone())?;
     state.phase.send_replace(Phase::Serving);
     tracing::info!(pod = pod.name, namespace = pod.namespace, "serving");
 
-    stop.asked().await;
+    let ended = tokio::select! {
+        () = stop.asked() => Ok(()),
+        ended = tasks.ended() => Err(ended),
+        ended = control.ended() => Err(ended),
+        // Its connections are gone, and nobody may be left to take new ones: at once.
+        ended = traffic.ended() => return Err(ended.into()),
+    };
+    state.phase.send_replace(match &ended {
+        Ok(()) => Phase::Draining,
+        Err(ended) => Phase::Failed(ended.task),
+    });
+    if let Err(ended) = &ended {
+        tracing::error!(%ended, "ending, to be started anew");
+    }
     tracing::info!(deadline_s = drain.as_secs(), "draining");
-    state.phase.send_replace(Phase::Draining);
     traffic.drain(drain).await;
     if let Some(exports) = exports {
         otlp::push_metrics_now(exports, &telemetry).await.ok();
     }
     tokio::task::spawn_blocking(move || telemetry.flush()).await?;
-    Ok(())
+    Ok(ended?)
 }
 
 fn start_telemetry(
     own: &watch::Receiver<Arc<SelfConfig>>,
     cluster: &str,
     exports: Option<OtlpConfig>,
-    tasks: &mut JoinSet<()>,
+    tasks: &mut Tasks,
 ) -> anyhow::Result<Arc<Telemetry>> {
     let log = AccessLog::start(std::io::stdout()).context("starting the access log")?;
+    tasks.spawn("access log", log.clone().ended());
     let provider = exports.as_ref().map(otlp::tracer_provider).transpose()?;
     let labels = Own::new(&own.borrow(), cluster);
     let telemetry = Telemetry::new(labels, log, provider);
     telemetry.configure(&own.borrow().telemetry);
-    tasks.spawn(telemetry.clone().follow(own.clone()));
+    tasks.spawn("telemetry settings", telemetry.clone().follow(own.clone()));
     if let Some(exports) = exports {
         let telemetry = telemetry.clone();
-        tasks.spawn(async move {
+        tasks.spawn("metrics export", async move {
             if let Err(error) = otlp::push_metrics(exports, telemetry).await {
                 tracing::warn!(%error, "metrics are not exported");
+                std::future::pending::<()>().await;
             }
         });
     }

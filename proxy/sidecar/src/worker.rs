@@ -6,7 +6,6 @@
 use std::{
     cell::RefCell,
     collections::HashMap,
-    io,
     net::SocketAddr,
     rc::Rc,
     sync::{
@@ -36,6 +35,7 @@ use crate::{
     outbound,
     service::{self, Gone, Port, Service},
     shared::{Shared, SharedService},
+    tasks::reason,
 };
 
 /// How often idle connections and slow clients are looked for.
@@ -243,17 +243,17 @@ impl Worker {
     }
 }
 
-/// Runs the worker that accepts, until the drain is over.
+/// Runs the worker that accepts, until the drain is over. The error says which of its own tasks
+/// failed; one connection's panic is that connection's end and no more.
 pub(crate) async fn run_first(
     worker: Rc<Worker>,
     listeners: Vec<(Direction, std::net::TcpListener)>,
     others: Others,
-) -> io::Result<()> {
+) -> Result<(), String> {
     let others = Rc::new(others);
-    let sweep = tokio::task::spawn_local(worker.clone().sweep());
     let mut accepting = tokio::task::JoinSet::new();
     for (direction, listener) in listeners {
-        let listener = TcpListener::from_std(listener)?;
+        let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
         accepting.spawn_local(accept_all(
             worker.clone(),
             direction,
@@ -261,10 +261,13 @@ pub(crate) async fn run_first(
             others.clone(),
         ));
     }
-    while accepting.join_next().await.is_some() {}
-    finish(&worker).await;
-    sweep.abort();
-    Ok(())
+    let accept = async {
+        while let Some(ended) = accepting.join_next().await {
+            ended.map_err(|error| format!("accepting: {}", reason(error)))?;
+        }
+        Ok(())
+    };
+    beside_sweep(&worker, accept).await
 }
 
 /// Runs one of the other workers.
@@ -273,27 +276,50 @@ pub(crate) async fn run_other(
     mut accepted: mpsc::Receiver<Accepted<std::net::TcpStream>>,
     index: usize,
     loads: Arc<[AtomicUsize]>,
-) {
-    let sweep = tokio::task::spawn_local(worker.clone().sweep());
-    while let Some(Accepted {
-        stream,
-        downstream,
-        direction,
-        permit,
-    }) = accepted.recv().await
-    {
-        if let Ok(stream) = TcpStream::from_std(stream) {
-            let accepted = Accepted {
-                stream,
-                downstream,
-                direction,
-                permit,
-            };
-            spawn(&worker, accepted, index, loads.clone());
+) -> Result<(), String> {
+    let take = async {
+        while let Some(Accepted {
+            stream,
+            downstream,
+            direction,
+            permit,
+        }) = accepted.recv().await
+        {
+            if let Ok(stream) = TcpStream::from_std(stream) {
+                let accepted = Accepted {
+                    stream,
+                    downstream,
+                    direction,
+                    permit,
+                };
+                spawn(&worker, accepted, index, loads.clone());
+            }
         }
-    }
-    finish(&worker).await;
+        Ok(())
+    };
+    beside_sweep(&worker, take).await
+}
+
+/// Takes connections to the end of the drain, while the sweep looks after them.
+async fn beside_sweep(
+    worker: &Rc<Worker>,
+    take: impl Future<Output = Result<(), String>>,
+) -> Result<(), String> {
+    let mut sweep = tokio::task::spawn_local(worker.clone().sweep());
+    let work = async {
+        take.await?;
+        finish(worker).await;
+        Ok(())
+    };
+    let ended = tokio::select! {
+        ended = &mut sweep => Err(match ended {
+            Ok(()) => "the sweep ended".to_owned(),
+            Err(error) => format!("the sweep: {}", reason(error)),
+        }),
+        ended = work => ended,
+    };
     sweep.abort();
+    ended
 }
 
 /// Returns when no connection is left, or they were cut.
@@ -313,12 +339,28 @@ async fn finish(worker: &Worker) {
 }
 
 fn spawn(worker: &Rc<Worker>, accepted: Accepted, index: usize, loads: Arc<[AtomicUsize]>) {
-    loads[index].fetch_add(1, Relaxed);
+    let load = Load::of(index, loads);
     let served = worker.clone().serve(accepted);
     tokio::task::spawn_local(async move {
+        let _load = load;
         served.await;
-        loads[index].fetch_sub(1, Relaxed);
     });
+}
+
+/// One connection of a worker, however it ends.
+struct Load(usize, Arc<[AtomicUsize]>);
+
+impl Load {
+    fn of(index: usize, loads: Arc<[AtomicUsize]>) -> Self {
+        loads[index].fetch_add(1, Relaxed);
+        Self(index, loads)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.1[self.0].fetch_sub(1, Relaxed);
+    }
 }
 
 async fn accept_all(

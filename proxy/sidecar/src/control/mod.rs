@@ -17,13 +17,13 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinSet,
     time::{Instant, interval},
 };
 use turnpike_certs::CredentialStore;
 use turnpike_rules::{Identity, workload::SelfConfig};
 use turnpike_wire::{ads, ca_client, channel::Controller};
 
+use crate::tasks::{Ended, Tasks};
 use store::Store;
 
 /// How often idle entries are looked for, and a changed state is written to disk.
@@ -50,7 +50,7 @@ pub struct ControlConfig {
 pub struct Control {
     store: Store,
     credentials: Arc<CredentialStore>,
-    _tasks: JoinSet<()>,
+    tasks: Tasks,
 }
 
 impl Control {
@@ -70,30 +70,28 @@ impl Control {
             restore(&store, path);
         }
         let credentials = CredentialStore::empty();
-        let mut tasks = JoinSet::new();
+        let mut tasks = Tasks::default();
         let (subscriptions, receiver) = mpsc::channel(SUBSCRIPTIONS);
         let client = ads::ClientConfig::new(pod_uid, cluster);
-        tasks.spawn(ads::run(
-            client,
-            controller.clone(),
-            receiver,
-            store.handler(),
-        ));
-        tasks.spawn(store.clone().subscribe_to(subscriptions));
-        tasks.spawn(ca_client::keep_fresh(
-            controller,
-            identity,
-            credentials.clone(),
-        ));
-        tasks.spawn(evict(store.clone()));
+        let discovery = ads::run(client, controller.clone(), receiver, store.handler());
+        tasks.spawn("discovery", discovery);
+        tasks.spawn("subscriptions", store.clone().subscribe_to(subscriptions));
+        let renewal = ca_client::keep_fresh(controller, identity, credentials.clone());
+        tasks.spawn("certificate", renewal);
+        tasks.spawn("eviction", evict(store.clone()));
         if let Some(path) = snapshot {
-            tasks.spawn(save(store.clone(), path));
+            tasks.spawn("snapshot", save(store.clone(), path));
         }
         Self {
             store,
             credentials,
-            _tasks: tasks,
+            tasks,
         }
+    }
+
+    /// Returns when one of its tasks has ended: what the proxy knows is not kept current any more.
+    pub async fn ended(&mut self) -> Ended {
+        self.tasks.ended().await
     }
 
     pub fn store(&self) -> &Store {
@@ -106,9 +104,12 @@ impl Control {
 
     /// Returns when there are a certificate and this pod's own configuration: the data plane can
     /// serve.
-    pub async fn ready(&self) -> watch::Receiver<Arc<SelfConfig>> {
-        self.credentials.ready().await;
-        self.store.own().await
+    pub fn ready(&self) -> impl Future<Output = watch::Receiver<Arc<SelfConfig>>> + use<> {
+        let (credentials, store) = (self.credentials.clone(), self.store.clone());
+        async move {
+            credentials.ready().await;
+            store.own().await
+        }
     }
 }
 
@@ -146,9 +147,13 @@ async fn save(store: Store, path: PathBuf) {
         };
         let target = path.clone();
         let write = move || snapshot::write(&target, &updates);
-        // The runtime is going down where there is no result.
-        let Ok(written) = tokio::task::spawn_blocking(write).await else {
-            return;
+        let written = match tokio::task::spawn_blocking(write).await {
+            Ok(written) => written,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is going down.
+                Err(_) => return,
+            },
         };
         if let Err(error) = &written {
             store.not_saved();
