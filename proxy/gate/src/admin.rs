@@ -10,16 +10,23 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{metrics::Metrics, state::State};
+use crate::{metrics::Metrics, parts::Parts, state::State};
 
 /// Connections at a time; further ones wait.
 const CONNECTIONS: usize = 32;
 
+/// What the pages are made of.
+#[derive(Clone, Debug)]
+pub struct Pages {
+    pub state: State,
+    pub metrics: Arc<Metrics>,
+    pub parts: Parts,
+}
+
 /// Serves until cancelled.
 pub async fn serve(
     listener: TcpListener,
-    state: State,
-    metrics: Arc<Metrics>,
+    pages: Pages,
     tasks: TaskTracker,
     cancel: CancellationToken,
 ) {
@@ -39,11 +46,11 @@ pub async fn serve(
             },
             () = cancel.cancelled() => return,
         };
-        let (state, metrics, cancel) = (state.clone(), metrics.clone(), cancel.clone());
+        let (pages, cancel) = (pages.clone(), cancel.clone());
         tasks.spawn(async move {
             let _permit = permit;
             let service = service_fn(|request| {
-                let response = respond(&request, &state, &metrics);
+                let response = respond(&request, &pages);
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = http1::Builder::new()
@@ -62,9 +69,17 @@ pub async fn serve(
     }
 }
 
-fn respond(request: &Request<Incoming>, state: &State, metrics: &Metrics) -> Response<Full<Bytes>> {
+fn respond(request: &Request<Incoming>, pages: &Pages) -> Response<Full<Bytes>> {
+    let Pages {
+        state,
+        metrics,
+        parts,
+    } = pages;
     match request.uri().path() {
-        "/healthz" => text(StatusCode::OK, "ok\n"),
+        "/healthz" => match parts.missing() {
+            None => text(StatusCode::OK, "ok\n"),
+            Some(ended) => text(StatusCode::SERVICE_UNAVAILABLE, &format!("{ended}\n")),
+        },
         "/healthz/ready" => {
             let view = state.view();
             match (view.feed_synced, view.policies_known) {

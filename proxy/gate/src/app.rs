@@ -40,6 +40,7 @@ use crate::{
     feed,
     listen::Sockets,
     metrics::Metrics,
+    parts::{PartEnded, Parts},
     spool::{Reader, SpoolConfig, StoreError, Writer, now_ms},
     state::{Answer, Owner, PodLimits, State},
     upload::{self, UploadConfig},
@@ -83,6 +84,7 @@ pub struct Gate {
     pub metrics: Arc<Metrics>,
     pub credentials: Arc<CredentialStore>,
     config: GateConfig,
+    parts: Parts,
     spool: crate::spool::Spool,
     connections: TaskTracker,
     stops: Stops,
@@ -109,13 +111,16 @@ impl Gate {
             Writer::open(config.spool.clone(), credentials.clone(), metrics.clone()).await?;
         owner.remember(answers_before(&config.spool.dir).await?);
         let writer_stop = CancellationToken::new();
-        let writer = tokio::spawn(writer.run(writer_stop.clone()));
+        let parts = Parts::default();
+        let writing = writer.run(writer_stop.clone());
+        let writer = tokio::spawn(parts.watched("record", writer_stop.clone(), writing));
         let gate = Self {
             state,
             owner,
             metrics,
             credentials,
             config,
+            parts,
             spool,
             connections: TaskTracker::new(),
             stops: Stops::default(),
@@ -149,7 +154,9 @@ impl Gate {
                 self.connections.clone(),
                 self.stops.clone(),
             );
-            self.services.spawn(serving);
+            let stop = self.stops.accepting.clone();
+            self.services
+                .spawn(self.parts.watched("door", stop, serving));
         }
         let resolver = Arc::new(Resolver::new(
             self.config.dns.clone(),
@@ -162,22 +169,21 @@ impl Gate {
             let socket = UdpSocket::from_std(socket)?;
             let serving =
                 dns::server::serve_udp(socket, resolver.clone(), tasks.clone(), stop.clone());
-            self.services.spawn(serving);
+            self.part("DNS over UDP", serving);
         }
         for listener in dns_tcp {
             let listener = TcpListener::from_std(listener)?;
             let serving =
                 dns::server::serve_tcp(listener, resolver.clone(), tasks.clone(), stop.clone());
-            self.services.spawn(serving);
+            self.part("DNS over TCP", serving);
         }
         let http = TcpListener::from_std(http)?;
-        self.services.spawn(admin::serve(
-            http,
-            self.state.clone(),
-            self.metrics.clone(),
-            tasks,
-            stop,
-        ));
+        let pages = admin::Pages {
+            state: self.state.clone(),
+            metrics: self.metrics.clone(),
+            parts: self.parts.clone(),
+        };
+        self.part("metrics", admin::serve(http, pages, tasks, stop));
         Ok(())
     }
 
@@ -204,33 +210,39 @@ impl Gate {
         }
         let ads_config = ClientConfig::new(self.config.node.clone(), cluster);
         let ads_controller = controller.clone();
-        self.background(async move {
+        self.part("discovery", async move {
             // Dropped, it would end the client.
             let _subscriptions = subscriptions;
             ads::run(ads_config, ads_controller, receiver, control).await;
         });
-        self.background(ca_client::keep_fresh(
-            controller,
-            identity,
-            self.credentials.clone(),
-        ));
+        let renewal = ca_client::keep_fresh(controller, identity, self.credentials.clone());
+        self.part("certificate", renewal);
         let (owner, state, spool) = (self.owner.clone(), self.state.clone(), self.spool.clone());
-        self.background(feed::follow(feed_socket, owner, state, spool));
+        self.part("feed", feed::follow(feed_socket, owner, state, spool));
         if let Some(config) = audit {
             let (credentials, spool) = (self.credentials.clone(), self.spool.clone());
             let metrics = self.metrics.clone();
-            self.background(upload::upload(config, credentials, spool, metrics));
+            let upload = upload::upload(config, credentials, spool, metrics);
+            self.part("upload", upload);
         }
     }
 
-    fn background(&self, work: impl Future<Output = ()> + Send + 'static) {
+    /// Runs what nobody may miss, until the services stop.
+    fn part(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         let stop = self.services_stop.clone();
-        self.services.spawn(async move {
-            tokio::select! {
-                () = work => {}
-                () = stop.cancelled() => {}
-            }
-        });
+        let watched = self.parts.watched(name, stop.clone(), work);
+        self.services.spawn(stop.run_until_cancelled_owned(watched));
+    }
+
+    /// Serves until `stop` or until a part ends, and then comes to its end in order.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), PartEnded> {
+        let ended = tokio::select! {
+            () = stop => Ok(()),
+            ended = self.parts.ended() => Err(ended),
+        };
+        tracing::info!("stopping");
+        self.stop().await;
+        ended
     }
 
     /// Takes nothing new, lets connections finish up to the deadline, cuts the rest, and seals the
@@ -306,4 +318,83 @@ async fn answers_before(dir: &Path) -> Result<HashMap<String, Vec<Answer>>, Stor
         });
     }
     Ok(answers)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    async fn get(address: std::net::SocketAddr, path: &str) -> String {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.0\r\nhost: gate\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    async fn gate(dir: &Path) -> (Gate, std::net::SocketAddr) {
+        let listen = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let http = listen();
+        let address = http.local_addr().unwrap();
+        let sockets = Sockets {
+            door: vec![listen()],
+            dns_udp: vec![std::net::UdpSocket::bind("127.0.0.1:0").unwrap()],
+            dns_tcp: vec![listen()],
+            http,
+        };
+        let config = GateConfig {
+            node: "node-a".into(),
+            spool: SpoolConfig::new(dir, "node-a"),
+            dns: DnsConfig {
+                upstream: "127.0.0.1:1".parse().unwrap(),
+                cluster: "127.0.0.1:1".parse().unwrap(),
+                cluster_domain: HostName::parse("cluster.local").unwrap(),
+                search_domains: vec![],
+            },
+            door: DoorConfig::default(),
+            drain: Duration::from_secs(1),
+        };
+        let credentials = CredentialStore::empty();
+        let gate = Gate::start(config, PodLimits::default(), credentials, sockets);
+        (gate.await.unwrap(), address)
+    }
+
+    #[tokio::test]
+    async fn a_part_that_ends_is_not_well_and_ends_the_gate() {
+        let dir = tempfile::tempdir().unwrap();
+        let (gate, address) = gate(dir.path()).await;
+        assert!(get(address, "/healthz").await.starts_with("HTTP/1.0 200"));
+        gate.part("feed", async { panic!("as if there were a fault in it") });
+        let ended = gate.parts.ended().await;
+        assert_eq!(ended, PartEnded("feed"));
+        let answer = get(address, "/healthz").await;
+        assert!(
+            answer.starts_with("HTTP/1.0 503") && answer.contains("`feed`"),
+            "{answer}"
+        );
+        let end = timeout(Duration::from_secs(20), gate.run(std::future::pending()));
+        assert_eq!(end.await.unwrap(), Err(ended));
+    }
+
+    #[tokio::test]
+    async fn no_part_is_missed_when_the_gate_is_told_to_stop() {
+        let dir = tempfile::tempdir().unwrap();
+        let (gate, _) = gate(dir.path()).await;
+        let parts = gate.parts.clone();
+        assert_eq!(gate.run(std::future::ready(())).await, Ok(()));
+        assert_eq!(parts.missing(), None);
+    }
+
+    /// As an abort from outside, or a panic in it.
+    #[tokio::test]
+    async fn without_the_writer_of_its_record_it_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let (gate, _) = gate(dir.path()).await;
+        gate.writer.abort();
+        let end = timeout(Duration::from_secs(20), gate.run(std::future::pending()));
+        assert_eq!(end.await.unwrap(), Err(PartEnded("record")));
+    }
 }

@@ -74,24 +74,9 @@ impl Control {
     }
 
     fn adopt(&mut self, snapshot: Snapshot) {
-        let update = |type_url: &str, resources: &BTreeMap<String, String>| Update {
-            type_url: type_url.into(),
-            added: resources
-                .iter()
-                .filter_map(|(name, text)| {
-                    let bytes = BASE64_STANDARD.decode(text).ok()?;
-                    Some(Added {
-                        name: name.clone(),
-                        version: String::new(),
-                        bytes,
-                    })
-                })
-                .collect(),
-            removed: vec![],
-        };
         for update in [
-            update(Members::TYPE_URL, &snapshot.members),
-            update(PodEgress::TYPE_URL, &snapshot.egress),
+            readable::<Members>(&snapshot.members),
+            readable::<PodEgress>(&snapshot.egress),
         ] {
             if let Err(error) = self.take(update) {
                 tracing::warn!(error, "part of the snapshot cannot be used");
@@ -164,6 +149,28 @@ impl Handler for Control {
     }
 }
 
+/// What of a snapshot can be read: one entry that a newer gate wrote is no reason to lose the others.
+fn readable<R: Resource>(kept: &BTreeMap<String, String>) -> Update {
+    let read = |(name, text): (&String, &String)| {
+        let bytes = BASE64_STANDARD.decode(text).map_err(|e| e.to_string())?;
+        R::decode(name, &bytes).map_err(|error| error.to_string())?;
+        Ok(Added {
+            name: name.clone(),
+            version: String::new(),
+            bytes,
+        })
+    };
+    let report = |error: &String| tracing::warn!(error, "left out of the snapshot");
+    Update {
+        type_url: R::TYPE_URL.into(),
+        added: kept
+            .iter()
+            .filter_map(|entry| read(entry).inspect_err(report).ok())
+            .collect(),
+        removed: vec![],
+    }
+}
+
 fn decode<R: Resource>(added: &[Added]) -> Result<Vec<(String, R)>, String> {
     let one = |added: &Added| match R::decode(&added.name, &added.bytes) {
         Ok(resource) => Ok((added.name.clone(), resource)),
@@ -175,4 +182,36 @@ fn decode<R: Resource>(added: &[Added]) -> Result<Vec<(String, R)>, String> {
 /// `namespace/name` of `cluster/namespace/name`.
 fn pod_of(resource: &str) -> Option<String> {
     resource.split_once('/').map(|(_, pod)| pod.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use turnpike_rules::Identity;
+
+    use super::*;
+    use crate::state::PodLimits;
+
+    #[test]
+    fn one_unreadable_entry_on_disk_does_not_take_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let egress = PodEgress {
+            uid: "u1".into(),
+            namespace: "shop".into(),
+            name: "web".into(),
+            identity: Identity::new("cluster.local", "shop", "web").unwrap(),
+            policies: vec![],
+        };
+        let good = BASE64_STANDARD.encode(egress.encode());
+        let bad = BASE64_STANDARD.encode([0xff; 9]);
+        let snapshot = Snapshot {
+            egress: [("c/shop/odd".into(), bad), ("c/shop/web".into(), good)].into(),
+            members: BTreeMap::new(),
+        };
+        let bytes = serde_json::to_vec(&snapshot).unwrap();
+        fs::write(dir.path().join(FILE), bytes).unwrap();
+        let (owner, _state) = Owner::new(PodLimits::default());
+        let control = Control::restore(dir.path(), owner, Arc::default());
+        let kept: Vec<_> = control.snapshot.egress.keys().collect();
+        assert_eq!(kept, ["c/shop/web"]);
+    }
 }

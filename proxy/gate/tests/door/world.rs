@@ -127,6 +127,7 @@ impl World {
                 mtu: 1500,
             }],
             snat: None,
+            sysctls: "/proc/sys/net".into(),
         };
         let datapath = self.wait(async { Datapath::open(&plan).await }).unwrap();
         for n in [5, 6] {
