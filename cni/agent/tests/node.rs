@@ -61,6 +61,10 @@ fn a_pod_outlives_the_agent_and_the_agent_knows_it_again() {
     assert_eq!(talk(&b.netns, &a.netns, at_a).unwrap(), at_b);
     let checked = rig.cni("CHECK", &a, &json!({"prevResult": said.json}));
     assert!(checked.ok, "{}", checked.json);
+    let mut another = said.json.clone();
+    another["ips"][0]["address"] = json!(format!("{at_b}/32"));
+    let checked = rig.cni("CHECK", &a, &json!({"prevResult": another}));
+    assert!(!checked.ok && checked.json["code"] == 101, "{}", checked.json);
     let again = rig.add(&a);
     assert_eq!(again.json, said.json, "the same ADD, the same answer");
 
