@@ -182,11 +182,40 @@ fn a_bad_object_is_reported_with_its_place_and_changes_nothing() {
         assert!(served(&world), "{name} changed something");
         world.directory.remove(&file).unwrap();
     }
+    conflict(&world, &policy);
     let clear = wait_for(SOON, || {
         let body = world.ask_controller("/debug/rejections").ok()?.body;
         (!body.contains("bad-")).then_some(())
     });
     assert!(clear.is_some(), "a file that is gone is reported no more");
+}
+
+/// Each of two policies for one Service is good by itself: the second is told where it stands.
+fn conflict(world: &World, policy: &dyn Fn(&str) -> String) {
+    let first = policy("  targetRefs: [{kind: Service, name: web}]\n  timeouts: {request: 9s}\n");
+    let second = policy("  timeouts: {request: 1s}\n  targetRefs: [{kind: Service, name: web}]\n")
+        .replace("name: t,", "name: u,");
+    world.directory.write("a-first", &first).unwrap();
+    world.directory.write("b-second", &second).unwrap();
+    let told = wait_for(SOON, || {
+        let status = world.ask_controller("/debug/status").ok()?.body;
+        let status: Value = serde_json::from_str(&status).ok()?;
+        let policies = status["policies"].as_array()?;
+        let second = |policy: &&Value| policy["object"] == "TrafficPolicy shop/u";
+        let conflicted = policies.iter().find(second)?.clone();
+        conflicted
+            .to_string()
+            .contains("Conflicted")
+            .then_some(conflicted)
+    });
+    let told = told.expect("the conflict was not reported");
+    let place = serde_json::json!({"file": "b-second.yaml", "line": 6, "field": "spec.targetRefs"});
+    assert_eq!(told["place"], place, "{told}");
+    for name in ["`shop/t`", "Service `shop/web`"] {
+        assert!(told.to_string().contains(name), "{told}");
+    }
+    world.directory.remove("a-first").unwrap();
+    world.directory.remove("b-second").unwrap();
 }
 
 #[test]

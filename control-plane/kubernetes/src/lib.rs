@@ -16,4 +16,4 @@ mod reading;
 mod source;
 
 pub use impairments::Impairments;
-pub use source::{Event, Impairment, Rejection, Source};
+pub use source::{Event, Impairment, Place, Rejection, Source};

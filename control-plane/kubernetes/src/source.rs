@@ -9,6 +9,11 @@ use turnpike_api::{Object, ObjectKey};
 pub trait Source: Send {
     /// Waits for the next event. Cancelling the wait loses none.
     fn next(&mut self) -> impl Future<Output = Event> + Send;
+
+    /// Where a person wrote the object that is in force. `None`: not in a file.
+    fn place(&self, _object: &ObjectKey) -> Option<Place> {
+        None
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +32,25 @@ pub enum Event {
     /// All objects that existed when the source started have been delivered. Once; what changed
     /// while they were read may already have been delivered too.
     Synced,
+}
+
+/// Where an object says what it is about, for whoever must change that.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Place {
+    pub file: String,
+    /// From 1.
+    pub line: usize,
+    /// Such as `spec.targetRefs`. `None`: the line is the object's first.
+    pub field: Option<&'static str>,
+}
+
+/// `shop.yaml:12: spec.targetRefs`.
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, line, field } = self;
+        write!(f, "{file}:{line}")?;
+        field.map_or(Ok(()), |field| write!(f, ": {field}"))
+    }
 }
 
 /// Why a document has no effect, for whoever wrote it.

@@ -12,9 +12,9 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
 };
-use turnpike_api::{Kind, Object};
+use turnpike_api::{Kind, Object, ObjectKey};
 use turnpike_discovery::Discovery;
-use turnpike_kubernetes::{Event, Impairment, Impairments, Rejection, Source};
+use turnpike_kubernetes::{Event, Impairment, Impairments, Place, Rejection, Source};
 use turnpike_model::{ConditionKind, ObjectStatus};
 
 use crate::metrics::Metrics;
@@ -33,6 +33,8 @@ const NO_PREFIXES: &str = "no meshPrefixes are set, so proxies take every addres
 pub struct Health {
     rejections: Mutex<BTreeSet<Rejection>>,
     impairments: Impairments,
+    /// Of objects with a condition that does not hold.
+    places: Mutex<BTreeMap<ObjectKey, Place>>,
     synced: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
 }
@@ -52,6 +54,7 @@ impl Default for Health {
         Self {
             rejections: Mutex::default(),
             impairments: Impairments::default(),
+            places: Mutex::default(),
             synced: watch::Sender::new(false),
             stopping: watch::Sender::new(false),
         }
@@ -72,6 +75,11 @@ impl Health {
         impaired
             .chain(rejections.iter().map(Quarantined::from))
             .collect()
+    }
+
+    /// Where an object that does not hold as it was meant stands in its file.
+    pub fn place(&self, object: &ObjectKey) -> Option<Place> {
+        self.places.lock().get(object).cloned()
     }
 
     /// `None`: ready.
@@ -155,7 +163,7 @@ pub async fn run(
             }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                 due = None;
-                feed.report();
+                feed.report(&source);
             }
         }
     }
@@ -228,12 +236,23 @@ impl Feed {
 
     /// Logs what has become wrong or right with policies, once each. While the source still
     /// delivers, what a policy needs may yet come.
-    fn report(&mut self) {
+    fn report(&mut self, source: &impl Source) {
         if !*self.health.synced.borrow() {
             return;
         }
         let statuses = self.discovery.read(turnpike_model::Model::statuses);
         let mut current: BTreeMap<Problem, String> = statuses.iter().flat_map(failing).collect();
+        let places: BTreeMap<ObjectKey, Place> = statuses
+            .iter()
+            .filter(|status| failing(status).next().is_some())
+            .filter_map(|status| Some((status.object.clone(), source.place(&status.object)?)))
+            .collect();
+        let place = |object: &str| {
+            let found = places.iter().find(|(key, _)| key.to_string() == object);
+            found
+                .map(|(_, place)| format!("{place}: "))
+                .unwrap_or_default()
+        };
         if self
             .discovery
             .read(|model| model.mesh_prefixes().is_empty())
@@ -243,8 +262,8 @@ impl Feed {
         }
         for (problem @ (object, parent, kind), message) in &current {
             if self.problems.get(problem) != Some(message) {
-                let parent = parent.as_deref();
-                tracing::warn!(object, parent, "{object}: not {kind}: {message}");
+                let (parent, place) = (parent.as_deref(), place(object));
+                tracing::warn!(object, parent, "{place}{object}: not {kind}: {message}");
             }
         }
         for (object, parent, kind) in self.problems.keys() {
@@ -253,6 +272,7 @@ impl Feed {
             }
         }
         self.problems = current;
+        *self.health.places.lock() = places;
     }
 }
 

@@ -19,6 +19,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use turnpike_discovery::{Adoption, Counters, Discovery, SubscriberStatus};
+use turnpike_kubernetes::Place;
 
 use crate::{feed::Health, metrics::Metrics};
 
@@ -134,6 +135,7 @@ impl Pages {
                     message: condition.message,
                 });
             PolicyStatus {
+                place: self.health.place(&status.object),
                 object: status.object.to_string(),
                 parent: status.parent,
                 conditions: conditions.collect(),
@@ -160,6 +162,9 @@ struct Status {
 #[derive(Serialize)]
 struct PolicyStatus {
     object: String,
+    /// Where something does not hold, and the object is in a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Place>,
     #[serde(skip_serializing_if = "Option::is_none")]
     parent: Option<String>,
     conditions: Vec<ConditionStatus>,

@@ -88,8 +88,8 @@ impl Watched {
                 Ok(Some(Err(error))) => {
                     let trouble = Trouble::of(&error);
                     tracing::debug!(kind = %self.kind, %error, "a watch failed");
-                    if trouble == Trouble::Absent {
-                        // What comes after it is another world than what was before.
+                    if matches!(trouble, Trouble::Absent | Trouble::Garbled) {
+                        // What comes after it may be another world than what was before.
                         objects = self.objects();
                     }
                     self.failed(&trouble).await

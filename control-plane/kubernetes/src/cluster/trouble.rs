@@ -22,11 +22,15 @@ pub(super) enum Trouble {
     Unreachable,
     /// Too much happened since the last event: a new list brings it. Not worth telling.
     Outdated,
+    /// No event but something else came. The client looks at no watch's HTTP status, so this is
+    /// how some refusals of a watch arrive; a new list says which.
+    Garbled,
 }
 
 impl Trouble {
     pub(super) fn of(error: &watcher::Error) -> Self {
         match error {
+            watcher::Error::WatchFailed(kube::Error::SerdeError(_)) => Self::Garbled,
             watcher::Error::InitialListFailed(error)
             | watcher::Error::WatchStartFailed(error)
             | watcher::Error::WatchFailed(error) => match error {
@@ -66,7 +70,7 @@ impl Trouble {
                 format!("it cannot be read: {text}; what was read before stays in force"),
                 true,
             ),
-            Self::Unreachable | Self::Outdated => return None,
+            Self::Unreachable | Self::Outdated | Self::Garbled => return None,
         };
         Some(Impairment {
             what,

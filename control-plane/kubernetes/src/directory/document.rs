@@ -15,6 +15,8 @@ pub(super) enum Document {
     Good {
         object: Object,
         line: usize,
+        /// Where it says what it is about: a field of [`ATTACHMENTS`] and its line.
+        attachment: Option<(&'static str, usize)>,
     },
     /// Never without a fault.
     Bad {
@@ -22,6 +24,13 @@ pub(super) enum Document {
         faults: Vec<Fault>,
     },
 }
+
+/// By which policies and routes say what they are about. A Service's selector is none of them.
+const ATTACHMENTS: [(&str, &str); 3] = [
+    ("spec.targetRefs", "turnpike.dev/"),
+    ("spec.selector", "turnpike.dev/"),
+    ("spec.parentRefs", "gateway.networking.k8s.io/"),
+];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
@@ -87,6 +96,7 @@ fn read(document: &Yaml<'_>) -> Document {
         Ok(object) => Document::Good {
             object,
             line: document.line(&[]),
+            attachment: attachment(document, kind, &value),
         },
         Err(problems) => {
             let faults = problems
@@ -98,6 +108,15 @@ fn read(document: &Yaml<'_>) -> Document {
             }
         }
     }
+}
+
+fn attachment(document: &Yaml<'_>, kind: Kind, value: &Value) -> Option<(&'static str, usize)> {
+    let version = kind.api_version();
+    let (field, _) = ATTACHMENTS.iter().find(|(field, group)| {
+        let pointer = format!("/{}", field.replace('.', "/"));
+        version.starts_with(*group) && value.pointer(&pointer).is_some()
+    })?;
+    Some((*field, document.line(&path::steps(field))))
 }
 
 fn kind(value: &Value) -> Result<Kind, (&'static str, String)> {
@@ -199,7 +218,7 @@ spec:
         let keys: Vec<_> = documents
             .iter()
             .map(|document| match document {
-                Document::Good { object, line } => format!("{line} {}", object.key()),
+                Document::Good { object, line, .. } => format!("{line} {}", object.key()),
                 Document::Bad { faults, .. } => panic!("{faults:?}"),
             })
             .collect();

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use turnpike_api::{Object, ObjectKey};
 
 use super::document::{Document, Fault};
-use crate::{Event, Rejection};
+use crate::{Event, Place, Rejection};
 
 #[derive(Debug, Default)]
 pub(super) struct Holdings {
@@ -22,6 +22,8 @@ pub(super) struct Holdings {
 struct Held {
     object: Object,
     file: String,
+    line: usize,
+    attachment: Option<(&'static str, usize)>,
 }
 
 /// Where an object is defined.
@@ -80,6 +82,21 @@ impl Holdings {
         events
     }
 
+    /// Where what is in force stands in its file.
+    pub(super) fn place(&self, key: &ObjectKey) -> Option<Place> {
+        let Held {
+            object: _,
+            file,
+            line,
+            attachment,
+        } = self.in_force.get(key)?;
+        Some(Place {
+            file: file.clone(),
+            line: attachment.map_or(*line, |(_, line)| line),
+            field: attachment.map(|(field, _)| field),
+        })
+    }
+
     fn judge(&self) -> (HashMap<ObjectKey, Held>, BTreeSet<Rejection>) {
         let mut in_force = HashMap::new();
         let mut rejected = BTreeSet::new();
@@ -88,7 +105,7 @@ impl Holdings {
         for (file, documents) in &self.files {
             for document in documents {
                 let (key, line) = match document {
-                    Document::Good { object, line } => (Some(object.key()), *line),
+                    Document::Good { object, line, .. } => (Some(object.key()), *line),
                     Document::Bad { key, faults } => {
                         (key.clone(), faults.first().map_or(1, |fault| fault.line))
                     }
@@ -134,10 +151,16 @@ impl Holdings {
             return;
         };
         match first.document {
-            Document::Good { object, .. } => {
+            Document::Good {
+                object,
+                line,
+                attachment,
+            } => {
                 let held = Held {
                     object: object.clone(),
                     file: first.file.to_owned(),
+                    line: *line,
+                    attachment: *attachment,
                 };
                 in_force.insert(key.clone(), held);
             }
@@ -302,6 +325,30 @@ mod tests {
             ["~b:5"],
             "moved"
         );
+    }
+
+    #[test]
+    fn a_policy_stands_where_it_says_what_it_is_about() {
+        let mut all = Holdings::default();
+        let policy = "apiVersion: turnpike.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: t}\n\
+                      spec:\n  timeouts: {request: 1s}\n  targetRefs:\n  - {kind: Service, name: web}\n";
+        let text = account("a", "") + policy;
+        after(&mut all, &[("f", Some(text.clone()))]);
+        let key = |kind, name| ObjectKey::new(kind, "default", name);
+        let policy = key(turnpike_api::Kind::TrafficPolicy, "t");
+        let place = |line, field| {
+            Some(Place {
+                file: "f".to_owned(),
+                line,
+                field,
+            })
+        };
+        assert_eq!(all.place(&policy), place(10, Some("spec.targetRefs")));
+        let account = key(turnpike_api::Kind::ServiceAccount, "a");
+        assert_eq!(all.place(&account), place(1, None));
+        // Moved within its file, it is no other object.
+        assert!(after(&mut all, &[("f", Some(format!("\n{text}")))]).is_empty());
+        assert_eq!(all.place(&policy), place(11, Some("spec.targetRefs")));
     }
 
     #[test]

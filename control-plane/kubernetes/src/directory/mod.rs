@@ -20,13 +20,16 @@ mod yaml;
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use turnpike_api::ObjectKey;
 
-use crate::{Event, Source};
+use crate::{Event, Place, Source};
 use files::Files;
 use holdings::Holdings;
 
@@ -41,6 +44,7 @@ const QUEUE: usize = 256;
 #[derive(Debug)]
 pub struct DirectorySource {
     events: mpsc::Receiver<Event>,
+    holdings: Arc<Mutex<Holdings>>,
 }
 
 impl DirectorySource {
@@ -53,10 +57,12 @@ impl DirectorySource {
             return Err(io::Error::new(io::ErrorKind::NotADirectory, message));
         }
         let (sender, events) = mpsc::channel(QUEUE);
+        let holdings = Arc::<Mutex<Holdings>>::default();
+        let shared = holdings.clone();
         thread::Builder::new()
             .name("directory".to_owned())
-            .spawn(move || watch(&folder, &sender))?;
-        Ok(Self { events })
+            .spawn(move || watch(&folder, &shared, &sender))?;
+        Ok(Self { events, holdings })
     }
 }
 
@@ -71,22 +77,30 @@ impl Source for DirectorySource {
             }
         }
     }
+
+    fn place(&self, object: &ObjectKey) -> Option<Place> {
+        self.holdings.lock().place(object)
+    }
 }
 
-fn watch(folder: &Path, events: &mpsc::Sender<Event>) {
+fn watch(folder: &Path, holdings: &Mutex<Holdings>, events: &mpsc::Sender<Event>) {
     let mut files = Files::new(folder);
-    let mut holdings = Holdings::default();
     let mut synced = false;
     while !events.is_closed() {
         let begin = Instant::now();
         let look = files.look(begin);
-        for change in look.changes {
-            holdings.replace(
-                change.file,
-                change.content.map(|text| document::read_all(&text)),
-            );
-        }
-        let mut changes = holdings.settle(look.problem);
+        let read = look.changes.into_iter().map(|change| {
+            let documents = change.content.map(|text| document::read_all(&text));
+            (change.file, documents)
+        });
+        let read: Vec<_> = read.collect();
+        let mut changes = {
+            let mut holdings = holdings.lock();
+            for (file, documents) in read {
+                holdings.replace(file, documents);
+            }
+            holdings.settle(look.problem)
+        };
         if !synced && look.settled {
             changes.push(Event::Synced);
             synced = true;
