@@ -9,20 +9,25 @@
     reason = "a test ends where something is not as it should be"
 )]
 
+mod bad_input;
+mod egress;
+mod kills;
+mod kinds;
+mod load;
 mod probes;
 mod roads;
+mod rollout;
+mod routes;
 mod sidecars;
 mod stage;
+mod upgrade;
 mod wire;
 
-use std::{
-    process::ExitCode,
-    sync::{Arc, Mutex},
-};
+use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 
-use self::stage::{Stage, Test};
+use self::stage::Test;
 
 const SUBJECTS: &[(&str, Test)] = &[
     (
@@ -51,18 +56,62 @@ const SUBJECTS: &[(&str, Test)] = &[
         wire::mtls,
     ),
     ("3_logs_metrics_and_one_trace_show_it", wire::telemetry),
+    (
+        "4_a_route_splits_and_retries_and_says_so",
+        routes::split_and_retry,
+    ),
+    (
+        "4_a_broken_route_says_why_and_changes_nothing",
+        routes::broken,
+    ),
+    (
+        "5_no_request_fails_while_pods_roll_over_and_scale",
+        rollout::under_load,
+    ),
+    (
+        "6_an_egress_policy_holds_and_is_recorded",
+        egress::held_and_recorded,
+    ),
+    ("6_a_new_pod_meets_no_open_window", egress::no_open_window),
+    ("7_a_job_with_a_sidecar_ends", kinds::jobs_end),
+    (
+        "7_a_stateful_set_is_reached_by_its_pods_names",
+        kinds::stateful_sets,
+    ),
+    (
+        "7_a_pod_without_a_sidecar_calls_and_is_called_by_mode",
+        kinds::beside_the_mesh,
+    ),
+    ("bad_labels", bad_input::labels),
+    ("bad_the_proxys_own_user", bad_input::the_proxys_user),
+    ("bad_no_controller_yet", bad_input::no_controller_yet),
+    ("bad_a_wrong_image", bad_input::a_wrong_image),
+    ("bad_rights_taken_away", bad_input::rights_taken_away),
+    (
+        "bad_a_token_that_is_no_longer_good",
+        bad_input::a_token_that_is_no_longer_good,
+    ),
+    ("8_the_controller_is_killed", kills::the_controller),
+    ("8_agents_are_killed", kills::agents),
+    ("8_a_gate_is_killed", kills::gates),
+    ("8_the_audit_is_killed", kills::audit),
+    ("8_a_sidecar_is_killed", kills::a_sidecar),
+    ("8_a_node_is_killed", kills::a_node),
+    ("9_an_upgrade_brings_another_proxy", upgrade::another_proxy),
+    (
+        "9_after_uninstall_pods_keep_their_network",
+        upgrade::uninstall,
+    ),
 ];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // One cluster, which two cores can carry.
     arguments.test_threads = Some(1);
-    let stage = Arc::new(Mutex::new(Stage::default()));
-    let trials = SUBJECTS.iter().map(|&(name, test)| {
-        let stage = stage.clone();
-        Trial::test(name, move || stage::run(&stage, name, test))
-    });
+    let trials = SUBJECTS
+        .iter()
+        .map(|&(name, test)| Trial::test(name, move || stage::run(name, test)));
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
-    drop(stage);
+    stage::down();
     conclusion.exit_code()
 }

@@ -46,9 +46,7 @@ fn serving(cluster: &Cluster, namespace: &str, pod: &str) -> Result<bool> {
     let slices = cluster
         .kubectl
         .list::<EndpointSlice>(namespace, "kubernetes.io/service-name=web")?;
-    let endpoints = slices
-        .iter()
-        .flat_map(|slice| slice.endpoints.iter().flatten());
+    let endpoints = slices.iter().flat_map(|slice| slice.endpoints.iter());
     let named = |endpoint: &k8s_openapi::api::discovery::v1::Endpoint| {
         endpoint
             .target_ref

@@ -1,8 +1,8 @@
 //! The cluster that all subjects share, and what they ask of it again and again.
 
 use std::{
+    cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -19,7 +19,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(90);
 pub(crate) const EFFECT: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Default)]
-pub(crate) enum Stage {
+enum Stage {
     #[default]
     Dark,
     Lit(Box<Cluster>),
@@ -27,17 +27,31 @@ pub(crate) enum Stage {
     Failed(String),
 }
 
+thread_local! {
+    /// Subjects run one after the other on the main thread, which alone may hold the machine's turn.
+    static STAGE: RefCell<Stage> = RefCell::default();
+}
+
 /// Runs one subject, on a cluster that is brought up for the first.
-pub(crate) fn run(stage: &Mutex<Stage>, name: &str, test: Test) -> Result<(), Failed> {
-    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
-    if matches!(*stage, Stage::Dark) {
-        *stage = light();
-    }
-    let cluster = match &mut *stage {
-        Stage::Lit(cluster) => cluster,
-        Stage::Failed(why) => return Err(why.as_str().into()),
-        Stage::Dark => return Err("no cluster".into()),
-    };
+pub(crate) fn run(name: &str, test: Test) -> Result<(), Failed> {
+    STAGE.with_borrow_mut(|stage| {
+        if matches!(stage, Stage::Dark) {
+            *stage = light();
+        }
+        match stage {
+            Stage::Lit(cluster) => show(cluster, name, test),
+            Stage::Failed(why) => Err(why.as_str().into()),
+            Stage::Dark => Err("no cluster".into()),
+        }
+    })
+}
+
+/// Takes the cluster down.
+pub(crate) fn down() {
+    STAGE.take();
+}
+
+fn show(cluster: &mut Cluster, name: &str, test: Test) -> Result<(), Failed> {
     let begun = Instant::now();
     let result = catch_unwind(AssertUnwindSafe(|| test(cluster)))
         .unwrap_or_else(|panic| Err(anyhow::anyhow!("{}", said_by(&*panic))));
