@@ -44,6 +44,12 @@ helm.sh/chart: {{ $root.Chart.Name }}-{{ $root.Chart.Version }}
 {{ end }}
 {{- end }}
 
+{{/* Of every container: log lines for `kubectl logs`, not for a terminal. */}}
+{{- define "turnpike.log.env" -}}
+- name: NO_COLOR
+  value: "1"
+{{- end }}
+
 {{/* What identity at the CA needs: a token for it, and the mesh's roots. */}}
 {{- define "turnpike.identity.env" -}}
 - name: TURNPIKE_TOKEN_FILE

@@ -10,7 +10,7 @@ use turnpike_rules::Identity;
 use turnpike_wire::{audit::audit_server::AuditServer, channel::accept_tls, names::ALPN_GRPC};
 
 use crate::{
-    http::{self, Shared},
+    http::{self, Shared, Show},
     receive::{Metrics, Receiver},
     store::Store,
 };
@@ -18,15 +18,30 @@ use crate::{
 /// A batch of a gate is far smaller.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 
+/// Where it is reached.
+#[derive(Debug)]
+pub struct Listeners {
+    /// By gates, over mutual TLS.
+    pub uploads: TcpListener,
+    /// By people, who read the record: to be on loopback.
+    pub questions: TcpListener,
+    /// By kubelet and Prometheus, who learn nothing of the record.
+    pub health: Option<TcpListener>,
+}
+
 /// Serves uploads and questions until cancelled, then lets what runs finish.
 pub async fn run(
     store: Store,
     credentials: Arc<CredentialStore>,
     gate: Identity,
-    uploads: TcpListener,
-    questions: TcpListener,
+    listeners: Listeners,
     cancel: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
+    let Listeners {
+        uploads,
+        questions,
+        health,
+    } = listeners;
     let metrics = Metrics::default();
     let mut registry = Registry::with_prefix("turnpike_audit");
     metrics.register(&mut registry);
@@ -37,12 +52,11 @@ pub async fn run(
         registry,
     });
     let tasks = TaskTracker::new();
-    tasks.spawn(http::serve(
-        questions,
-        shared,
-        tasks.clone(),
-        cancel.clone(),
-    ));
+    for (listener, show) in [(Some(questions), Show::Record), (health, Show::Health)] {
+        let Some(listener) = listener else { continue };
+        let (shared, tasks_of, cancel) = (shared.clone(), tasks.clone(), cancel.clone());
+        tasks.spawn(http::serve(listener, show, shared, tasks_of, cancel));
+    }
     let incoming = accept_tls(uploads, server_config(credentials, &[ALPN_GRPC]));
     let service = AuditServer::new(receiver).max_decoding_message_size(MAX_MESSAGE);
     let serving = tonic::transport::Server::builder()

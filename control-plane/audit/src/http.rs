@@ -28,9 +28,18 @@ pub struct Shared {
     pub registry: Registry,
 }
 
+/// Which of the two ports it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Show {
+    Record,
+    /// Metrics and health alone.
+    Health,
+}
+
 /// Serves until cancelled.
 pub async fn serve(
     listener: TcpListener,
+    show: Show,
     shared: Arc<Shared>,
     tasks: TaskTracker,
     cancel: CancellationToken,
@@ -56,7 +65,7 @@ pub async fn serve(
             let _permit = permit;
             let service = service_fn(|request| {
                 let shared = shared.clone();
-                async move { Ok::<_, Infallible>(respond(&request, &shared).await) }
+                async move { Ok::<_, Infallible>(respond(&request, show, &shared).await) }
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -74,30 +83,58 @@ pub async fn serve(
     }
 }
 
-async fn respond(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>> {
+async fn respond(
+    request: &Request<Incoming>,
+    show: Show,
+    shared: &Shared,
+) -> Response<Full<Bytes>> {
     if request.method() != Method::GET {
         return text(
             StatusCode::METHOD_NOT_ALLOWED,
             "the record is only read: GET\n",
         );
     }
-    match request.uri().path() {
-        "/healthz" => text(StatusCode::OK, "ok\n"),
-        "/metrics" => metrics(&shared.registry),
-        "/v1/records" => match Query::parse(request.uri().query().unwrap_or_default()) {
-            Ok(query) => json(shared.store.records(&query).await),
-            Err(error) => text(StatusCode::BAD_REQUEST, &format!("{error}\n")),
-        },
-        "/v1/verify" => match shared.receiver.trust() {
+    match (show, request.uri().path()) {
+        (_, "/healthz") => text(StatusCode::OK, "ok\n"),
+        (_, "/healthz/ready") => ready(shared).await,
+        (_, "/metrics") => metrics(&shared.registry),
+        (Show::Record, "/v1/records") => {
+            match Query::parse(request.uri().query().unwrap_or_default()) {
+                Ok(query) => json(shared.store.records(&query).await),
+                Err(error) => text(StatusCode::BAD_REQUEST, &format!("{error}\n")),
+            }
+        }
+        (Show::Record, "/v1/verify") => match shared.receiver.trust() {
             Some(trust) => json(shared.store.verify(&trust, now_ms()).await),
             None => text(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "this server has no roots yet to verify signatures with\n",
             ),
         },
-        _ => text(
+        (Show::Record, _) => text(
             StatusCode::NOT_FOUND,
-            "/v1/records, /v1/verify, /healthz, /metrics\n",
+            "/v1/records, /v1/verify, /healthz, /healthz/ready, /metrics\n",
+        ),
+        (Show::Health, _) => text(
+            StatusCode::NOT_FOUND,
+            "/healthz, /healthz/ready, /metrics; the record itself is read on loopback\n",
+        ),
+    }
+}
+
+/// Whether an upload would be taken.
+async fn ready(shared: &Shared) -> Response<Full<Bytes>> {
+    if shared.receiver.trust().is_none() {
+        return text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "waiting for a certificate from the CA; the log says why it takes long\n",
+        );
+    }
+    match shared.store.nodes().await {
+        Ok(_) => text(StatusCode::OK, "ready\n"),
+        Err(error) => text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            &format!("the store cannot be read: {error}\n"),
         ),
     }
 }

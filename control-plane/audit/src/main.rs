@@ -9,7 +9,10 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::sync::CancellationToken;
-use turnpike_audit::{Store, app};
+use turnpike_audit::{
+    Store,
+    app::{self, Listeners},
+};
 use turnpike_certs::CredentialStore;
 use turnpike_rules::Identity;
 use turnpike_wire::{ca_client, channel::Controller};
@@ -27,6 +30,9 @@ struct Args {
     /// Questions, metrics and health
     #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15017")]
     http: SocketAddr,
+    /// Metrics and health alone, where others than this host may ask; unset: nowhere else
+    #[arg(long, env = "TURNPIKE_HEALTH")]
+    health: Option<SocketAddr>,
     #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
     /// host:port
@@ -59,7 +65,14 @@ async fn main() -> anyhow::Result<()> {
             .await
             .with_context(|| format!("listening on {address}"))
     };
-    let (uploads, questions) = (listen(args.listen).await?, listen(args.http).await?);
+    let listeners = Listeners {
+        uploads: listen(args.listen).await?,
+        questions: listen(args.http).await?,
+        health: match args.health {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        },
+    };
     let credentials = CredentialStore::empty();
     let controller = Controller {
         address: args.controller.clone(),
@@ -72,7 +85,7 @@ async fn main() -> anyhow::Result<()> {
     let stop = cancel.clone();
     let gate = system("turnpike-gate")?;
     tokio::select! {
-        result = app::run(store, credentials, gate, uploads, questions, cancel.clone()) => {
+        result = app::run(store, credentials, gate, listeners, cancel.clone()) => {
             result.context("serving uploads")?;
         }
         () = renewal => {}

@@ -15,7 +15,10 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
-use turnpike_audit::{Query, Store, app};
+use turnpike_audit::{
+    Query, Store,
+    app::{self, Listeners},
+};
 use turnpike_certs::{
     Authority, CredentialStore, KeyRequest, LEAF_LIFETIME, TrustBundle, client_config,
 };
@@ -77,28 +80,38 @@ impl World {
 struct Server {
     uploads: SocketAddr,
     questions: SocketAddr,
+    health: SocketAddr,
     cancel: CancellationToken,
     task: JoinHandle<()>,
 }
 
 impl Server {
     async fn start(world: &World, dir: &Path, address: Option<SocketAddr>) -> (Self, Store) {
+        let credentials = world.credentials(&identity("turnpike-audit"));
+        Self::start_with(credentials, dir, address).await
+    }
+
+    async fn start_with(
+        credentials: Arc<CredentialStore>,
+        dir: &Path,
+        address: Option<SocketAddr>,
+    ) -> (Self, Store) {
         let store = Store::open(&url(dir)).await.unwrap();
         let any = "127.0.0.1:0".parse().unwrap();
         let uploads = TcpListener::bind(address.unwrap_or(any)).await.unwrap();
         let questions = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let health = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let cancel = CancellationToken::new();
-        let (up, q) = (
-            uploads.local_addr().unwrap(),
-            questions.local_addr().unwrap(),
-        );
-        let credentials = world.credentials(&identity("turnpike-audit"));
+        let [up, q, h] = [&uploads, &questions, &health].map(|it| it.local_addr().unwrap());
         let running = app::run(
             store.clone(),
             credentials,
             identity("turnpike-gate"),
-            uploads,
-            questions,
+            Listeners {
+                uploads,
+                questions,
+                health: Some(health),
+            },
             cancel.clone(),
         );
         let task = tokio::spawn(async move { running.await.unwrap() });
@@ -106,6 +119,7 @@ impl Server {
             Self {
                 uploads: up,
                 questions: q,
+                health: h,
                 cancel,
                 task,
             },
@@ -242,6 +256,33 @@ async fn a_chain_arrives_whole_across_restarts_of_the_server() {
     for task in tasks {
         task.abort();
     }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn strangers_learn_whether_it_is_well_and_nothing_of_the_record() {
+    let world = World::new();
+    let dir = tempfile::tempdir().unwrap();
+    let (server, _) = Server::start(&world, dir.path(), None).await;
+    for (path, status) in [
+        ("/healthz", "200"),
+        ("/healthz/ready", "200"),
+        ("/metrics", "200"),
+        ("/v1/records", "404"),
+        ("/v1/verify", "404"),
+    ] {
+        let answer = get(server.health, path).await;
+        let expected = format!("HTTP/1.1 {status}");
+        assert!(answer.starts_with(&expected), "{path}: {answer}");
+    }
+    server.stop().await;
+
+    let (server, _) = Server::start_with(CredentialStore::empty(), dir.path(), None).await;
+    let answer = get(server.health, "/healthz/ready").await;
+    assert!(
+        answer.starts_with("HTTP/1.1 503") && answer.contains("certificate"),
+        "{answer}"
+    );
     server.stop().await;
 }
 

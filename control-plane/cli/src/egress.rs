@@ -30,7 +30,7 @@ enum Action {
 #[derive(Debug, clap::Args)]
 struct Log {
     /// The central record, as given to turnpike-audit
-    #[arg(long)]
+    #[arg(long, env = "TURNPIKE_STORE")]
     store: String,
     #[arg(long)]
     namespace: Option<String>,
@@ -51,12 +51,12 @@ struct Log {
 #[derive(Debug, clap::Args)]
 struct Verify {
     /// The central record, as given to turnpike-audit
-    #[arg(long)]
+    #[arg(long, env = "TURNPIKE_STORE")]
     store: String,
     /// The mesh's root certificates
-    #[arg(long)]
+    #[arg(long, env = "TURNPIKE_ROOT_FILE")]
     root_file: PathBuf,
-    #[arg(long, default_value = "cluster.local")]
+    #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
 }
 

@@ -1,4 +1,5 @@
-//! `turnpike-gate`: binds, gives up its privileges, serves until SIGTERM.
+//! `turnpike-gate`: binds, gives up its privileges, serves until SIGTERM, or until a part of it has ended
+//! (exit 1).
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -34,7 +35,7 @@ struct Args {
     #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
     /// host:port
-    #[arg(long, env = "TURNPIKE_CONTROLLER")]
+    #[arg(long, env = "TURNPIKE_CONTROLLER", value_parser = filled_in)]
     controller: String,
     #[arg(
         long,
@@ -76,7 +77,7 @@ struct Args {
     #[arg(long, env = "TURNPIKE_SEARCH_DOMAINS", value_delimiter = ',')]
     search_domains: Vec<HostName>,
     /// host:port of the central record; without it entries stay in the spool
-    #[arg(long, env = "TURNPIKE_AUDIT")]
+    #[arg(long, env = "TURNPIKE_AUDIT", value_parser = filled_in)]
     audit: Option<String>,
     #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15022")]
     http: SocketAddr,
@@ -94,6 +95,17 @@ fn server(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| format!("`{text}` is neither IP nor IP:port"))
 }
 
+/// Kubelet leaves `$(…)` as it is where a Service did not exist when it started the container.
+fn filled_in(text: &str) -> Result<String, &'static str> {
+    if text.contains("$(") {
+        return Err(
+            "not filled in by kubelet: the Service did not exist when this container was started; \
+             it will be known at the next start",
+        );
+    }
+    Ok(text.to_owned())
+}
+
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     log();
@@ -106,6 +118,7 @@ fn main() -> anyhow::Result<()> {
     let sockets = listen::bind(args.door, &dns, args.http)?;
     privileges::give(&args.spool_dir, args.uid)?;
     privileges::drop_to(args.uid)?;
+    privileges::close(&args.spool_dir)?;
     // Threads from here on: capabilities belong to threads.
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -173,11 +186,11 @@ async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
     let gate = Gate::start(config, PodLimits::default(), credentials, sockets).await?;
     gate.follow(sources);
     tracing::info!("the gate is open");
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tracing::info!("stopping");
-    gate.stop().await;
-    Ok(())
+    let asked = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    Ok(gate.run(asked).await?)
 }

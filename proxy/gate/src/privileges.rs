@@ -3,7 +3,7 @@
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::{Path, PathBuf},
 };
 
@@ -12,7 +12,7 @@ use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PrivilegeError {
-    #[error("cannot become user {uid}: {source}")]
+    #[error("cannot become user {uid} (it takes CAP_SETUID and CAP_SETGID): {source}")]
     User { uid: u32, source: nix::Error },
     #[error("cannot give up capabilities: {0}")]
     Capabilities(#[from] caps::errors::CapsError),
@@ -23,12 +23,17 @@ pub enum PrivilegeError {
     NoNetRaw,
     #[error("the gate must not run as root; give --uid")]
     Root,
-    #[error("giving {path} to user {uid}: {source}")]
+    #[error(
+        "giving {path} to user {uid} (it takes CAP_CHOWN, and CAP_DAC_READ_SEARCH to look into what \
+         is that user's): {source}"
+    )]
     Give {
         path: PathBuf,
         uid: u32,
         source: io::Error,
     },
+    #[error("closing {path} to others: {source}")]
+    Close { path: PathBuf, source: io::Error },
 }
 
 /// Makes the record's folder, readable by nobody else, and gives it with what is in it to the user
@@ -70,6 +75,16 @@ pub fn give(dir: &Path, uid: u32) -> Result<(), PrivilegeError> {
         }
     }
     Ok(())
+}
+
+/// Nobody else looks into the record's folder, whoever made it. After [`drop_to`]: only who owns it may
+/// say so without a capability more.
+pub fn close(dir: &Path) -> Result<(), PrivilegeError> {
+    let closed = fs::set_permissions(dir, fs::Permissions::from_mode(0o700));
+    closed.map_err(|source| PrivilegeError::Close {
+        path: dir.to_owned(),
+        source,
+    })
 }
 
 /// Becomes `uid` and keeps CAP_NET_RAW alone (`IP_TRANSPARENT` and `SO_MARK` need it). To be called

@@ -52,6 +52,22 @@ pub(crate) struct Rig {
     _turn: MutexGuard<'static, ()>,
 }
 
+const CHART: &str = include_str!("../../../../charts/turnpike/templates/node.yaml");
+
+/// The capabilities that the chart gives the agent's container, by bit.
+fn capabilities() -> u64 {
+    let listed = CHART.lines().map(str::trim);
+    let names = listed
+        .skip_while(|line| *line != "add:")
+        .skip(1)
+        .map_while(|line| line.strip_prefix("- ")?.split(' ').next());
+    let bits = names.map(|name| {
+        let capability: caps::Capability = format!("CAP_{name}").parse().unwrap();
+        capability.bitmask()
+    });
+    bits.fold(0, |all, bit| all | bit)
+}
+
 /// What the CNI executable said.
 #[derive(Debug)]
 pub(crate) struct Said {
@@ -162,7 +178,17 @@ impl Rig {
     }
 
     pub(crate) fn launch(&mut self) {
+        let sysctls = self.path("sysctls");
+        fs::create_dir_all(&sysctls).unwrap();
+        // As in its container: no right more, and `/proc/sys` read-only but for the network's part,
+        // which is mounted elsewhere.
         let mut command = Command::new(env!("CARGO_BIN_EXE_turnpike-node"))
+            .capabilities(capabilities())
+            .no_new_privileges()
+            .bind("/proc/sys/net", &sysctls)
+            .bind_read_only("/proc/sys", "/proc/sys")
+            .arg("--sysctl-dir")
+            .arg(&sysctls)
             .args(["--node-name", "node-a", "--controller", "10.0.0.10:15012"])
             .arg("--token-file")
             .arg(self.path("token"))
