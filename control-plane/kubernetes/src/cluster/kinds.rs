@@ -32,6 +32,8 @@ const ABSENT_PAUSE: Duration = Duration::from_secs(3);
 /// A watch that was refused and is not refused again for this long stands, though it has nothing
 /// to tell.
 const STANDS: Duration = Duration::from_secs(10);
+/// A server that starts or is busy refuses for a moment; what lasts longer is told.
+const PASSING: Duration = Duration::from_secs(5);
 /// How long a kind must not exist until what was read of it is believed to be gone too.
 const GONE: Duration = Duration::from_secs(30);
 
@@ -48,6 +50,7 @@ pub(super) struct Watched {
     pauses: ExponentialBackoff,
     last_failure: Option<Instant>,
     absent_since: Option<Instant>,
+    failing_since: Option<Instant>,
 }
 
 /// Nobody takes events any more.
@@ -72,6 +75,7 @@ impl Watched {
             pauses: pauses(),
             last_failure: None,
             absent_since: None,
+            failing_since: None,
         }
     }
 
@@ -98,7 +102,10 @@ impl Watched {
                     objects = self.objects();
                     Ok(())
                 }
-                Err(_) if *self.reachable.borrow() => self.tell(None).await,
+                Err(_) if *self.reachable.borrow() => {
+                    self.failing_since = None;
+                    self.tell(None).await
+                }
                 Err(_) => Ok(()),
             };
             if taken.is_err() {
@@ -146,6 +153,7 @@ impl Watched {
             }
         }
         self.absent_since = None;
+        self.failing_since = None;
         self.pauses = pauses();
         self.tell(None).await
     }
@@ -161,7 +169,12 @@ impl Watched {
             }
             self.listed().await?;
         }
-        if let Some(impairment) = trouble.impairment(&self.kind.resource()) {
+        let failing_since = *self.failing_since.get_or_insert_with(Instant::now);
+        let passing = trouble.may_pass() && failing_since.elapsed() < PASSING;
+        if let Some(impairment) = trouble
+            .impairment(&self.kind.resource())
+            .filter(|_| !passing)
+        {
             self.tell(Some(impairment)).await?;
         }
         self.pause(trouble).await;

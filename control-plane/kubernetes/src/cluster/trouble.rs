@@ -52,6 +52,11 @@ impl Trouble {
         }
     }
 
+    /// Whether it is likely to be over in a moment.
+    pub(super) fn may_pass(&self) -> bool {
+        matches!(self, Self::Refused(_))
+    }
+
     /// `None`: nobody needs to act, or it is said elsewhere.
     pub(super) fn impairment(&self, resource: &ApiResource) -> Option<Impairment> {
         let ApiResource { group, plural, .. } = resource;

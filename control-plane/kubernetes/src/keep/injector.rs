@@ -39,7 +39,8 @@ impl InjectorBundle {
     /// Keeps it for as long as it is polled.
     pub async fn run(self) {
         let api: Api<MutatingWebhookConfiguration> = Api::all(self.client.clone());
-        let mut events = watcher(api.clone(), watch_one(&self.name)).boxed();
+        let watch = || watcher(api.clone(), watch_one(&self.name)).boxed();
+        let mut events = watch();
         let mut current: Option<MutatingWebhookConfiguration> = None;
         let mut listed = None;
         let mut retry: Option<Instant> = None;
@@ -62,6 +63,8 @@ impl InjectorBundle {
                             self.impairments.set(&self.what(), Some(found));
                         }
                         sleep(retry_pause()).await;
+                        // A new list says whether it is over.
+                        events = watch();
                         continue;
                     }
                     None => return,

@@ -50,7 +50,8 @@ impl RootConfigMaps {
     /// Keeps them for as long as it is polled.
     pub async fn run(self) {
         let api: Api<ConfigMap> = Api::all(self.client.clone());
-        let mut events = watcher(api, watch_one(&self.name)).boxed();
+        let watch = || watcher(api.clone(), watch_one(&self.name)).boxed();
+        let mut events = watch();
         let mut changes = self.namespaces.changes();
         let mut right: Right = None;
         let mut listing = HashMap::new();
@@ -65,6 +66,8 @@ impl RootConfigMaps {
                             self.impairments.set(&self.watched(), found);
                         }
                         sleep(retry_pause()).await;
+                        // A new list says whether it is over.
+                        events = watch();
                         continue;
                     }
                     None => return,

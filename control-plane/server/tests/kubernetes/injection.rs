@@ -1,0 +1,215 @@
+//! Pods on their way in, by the real API server's own calls of the webhook.
+
+use serde_json::{Value, json};
+
+use super::{
+    apiserver::{ApiServer, Said, eventually},
+    controller::{self, Controller},
+};
+
+const LABEL: &str = "turnpike.dev/inject";
+
+/// The chart's configuration; where there is no kube-proxy and no pod network, the API server
+/// finds the injector by its name instead of its Service.
+fn install_webhook(api: &ApiServer, controller: &Controller) {
+    api.apply(&api.chart(&["webhook.yaml"]));
+    let url = format!(
+        "https://turnpike-controller.turnpike-system.svc:{}/inject",
+        controller.webhook_port
+    );
+    let patch = json!([
+        {"op": "remove", "path": "/webhooks/0/clientConfig/service"},
+        {"op": "add", "path": "/webhooks/0/clientConfig/url", "value": url},
+    ]);
+    let patch = patch.to_string();
+    let what = "mutatingwebhookconfiguration";
+    api.kubectl(&[
+        "patch",
+        what,
+        "turnpike-injector",
+        "--type=json",
+        "--patch",
+        &patch,
+    ]);
+}
+
+/// As Pod Security's `restricted` wants it.
+fn pod(name: &str, namespace: &str, more: &str) -> String {
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{{name}, namespace: {namespace}, labels: {{app: web{more}}}}}
+spec:
+  securityContext: {{runAsNonRoot: true, runAsUser: 1000, seccompProfile: {{type: RuntimeDefault}}}}
+  containers:
+  - name: app
+    image: app
+    securityContext: {{allowPrivilegeEscalation: false, capabilities: {{drop: [ALL]}}}}
+"
+    )
+}
+
+fn created(said: &Said) -> String {
+    assert!(said.ok, "{}", said.err);
+    let name = said.out.split_whitespace().next().unwrap();
+    name.to_owned()
+}
+
+fn init_containers(pod: &Value) -> Vec<&str> {
+    let inits = pod["spec"]["initContainers"].as_array();
+    inits
+        .into_iter()
+        .flatten()
+        .map(|c| c["name"].as_str().unwrap())
+        .collect()
+}
+
+fn bundle(api: &ApiServer) -> Option<String> {
+    let found = api.get("", "mutatingwebhookconfiguration/turnpike-injector")?;
+    let bundle = &found["webhooks"][0]["clientConfig"]["caBundle"];
+    bundle
+        .as_str()
+        .filter(|text| !text.is_empty())
+        .map(str::to_owned)
+}
+
+#[test]
+#[ignore = "needs a real kube-apiserver: cargo verify kubernetes"]
+fn the_api_server_has_pods_injected() {
+    let api = ApiServer::start();
+    controller::install(&api);
+    api.install_crds();
+    let controller = Controller::start(&api);
+    let missing = eventually("what is missing is said", || {
+        controller.rejections("MutatingWebhookConfiguration").pop()
+    });
+    assert!(
+        missing.contains("it does not exist, so pods get no sidecar"),
+        "{missing}"
+    );
+    install_webhook(&api, &controller);
+    let first = eventually("the caBundle", || bundle(&api));
+    let said = || controller.rejections("MutatingWebhookConfiguration");
+    eventually("nothing more to say of it", || {
+        said().is_empty().then_some(())
+    });
+
+    // Labelled and used in one breath: the API server knows of the label, the controller not yet.
+    let restricted = "pod-security.kubernetes.io/enforce: restricted";
+    for n in 0..10 {
+        let namespace = format!("new-{n}");
+        api.namespace(&namespace, &format!("{LABEL}: enabled, {restricted}"));
+        let name = created(&api.try_create(&pod("generateName: web-", &namespace, "")));
+        let made = api.get(&namespace, &name).unwrap();
+        assert_eq!(init_containers(&made), ["turnpike-proxy"], "{namespace}");
+        assert_eq!(made["spec"]["initContainers"][0]["restartPolicy"], "Always");
+        assert_eq!(
+            made["metadata"]["annotations"]["turnpike.dev/injected"],
+            "true"
+        );
+    }
+    who_goes_without_is_told(&api);
+    settings_are_followed(&api, &controller);
+    the_bundle_is_kept(&api, &first);
+    while_it_is_away_no_pod_starts_outside(&api, controller);
+}
+
+fn who_goes_without_is_told(api: &ApiServer) {
+    api.namespace("shop", &format!("{LABEL}: enabled"));
+    api.namespace("plain", "");
+    let said = api.try_create(&pod("name: plain", "plain", ""));
+    let made = api.get("plain", &created(&said)).unwrap();
+    assert!(
+        init_containers(&made).is_empty() && said.err.is_empty(),
+        "{said:?}"
+    );
+
+    let said = api.try_create(&pod("name: out", "shop", &format!(", {LABEL}: disabled")));
+    assert!(init_containers(&api.get("shop", &created(&said)).unwrap()).is_empty());
+    let warning = "Warning: turnpike: pod out gets no sidecar: the pod's label";
+    assert!(said.err.contains(warning), "{}", said.err);
+    let host = pod("name: host", "shop", "").replace("spec:\n", "spec:\n  hostNetwork: true\n");
+    let said = api.try_create(&host);
+    assert!(
+        said.ok
+            && said
+                .err
+                .contains("Warning: turnpike: pod host gets no sidecar"),
+        "{said:?}"
+    );
+
+    for (change, expected) in [
+        ("runAsUser: 1337", "container `app` runs as user 1337"),
+        ("runAsUser: 1000", ""),
+    ] {
+        let said =
+            api.try_create(&pod("name: user", "shop", "").replace("runAsUser: 1000", change));
+        assert_eq!(said.ok, expected.is_empty(), "{said:?}");
+        assert!(said.err.contains(expected), "{said:?}");
+    }
+    let port = pod("name: port", "shop", "").replace(
+        "image: app",
+        "image: app\n    ports: [{containerPort: 15006}]",
+    );
+    let said = api.try_create(&port);
+    let expected = "turnpike: container `app` uses port 15006, which the sidecar needs";
+    assert!(!said.ok && said.err.contains(expected), "{said:?}");
+}
+
+fn settings_are_followed(api: &ApiServer, controller: &Controller) {
+    let image = |name: &str| {
+        let said = api.try_create(&pod(&format!("generateName: {name}-"), "shop", ""));
+        let made = api.get("shop", &created(&said)).unwrap();
+        made["spec"]["initContainers"][0]["image"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(image("before"), "turnpike/proxy:1");
+    let write = |text: &str| std::fs::write(controller.path("inject.yaml"), text).unwrap();
+    write("image: turnpike/proxy:2\n");
+    eventually("the new image", || {
+        (image("after") == "turnpike/proxy:2").then_some(())
+    });
+    write("image: turnpike/proxy:3\nmemoryLimit: much\n");
+    let said = eventually("what is wrong", || {
+        controller.rejections("injector settings").pop()
+    });
+    assert!(
+        said.contains("`memoryLimit` is refused") && said.ends_with("stay in force"),
+        "{said}"
+    );
+    assert_eq!(image("still"), "turnpike/proxy:2");
+    write("image: turnpike/proxy:3\n");
+    eventually("the next image", || {
+        (image("next") == "turnpike/proxy:3").then_some(())
+    });
+    assert!(controller.rejections("injector settings").is_empty());
+}
+
+fn the_bundle_is_kept(api: &ApiServer, first: &str) {
+    let patch = r#"[{"op": "remove", "path": "/webhooks/0/clientConfig/caBundle"}]"#;
+    let what = "mutatingwebhookconfiguration";
+    api.kubectl(&[
+        "patch",
+        what,
+        "turnpike-injector",
+        "--type=json",
+        "--patch",
+        patch,
+    ]);
+    eventually("the caBundle again", || {
+        (bundle(api)? == first).then_some(())
+    });
+}
+
+fn while_it_is_away_no_pod_starts_outside(api: &ApiServer, controller: Controller) {
+    drop(controller);
+    let said = api.try_create(&pod("name: alone", "shop", ""));
+    assert!(
+        !said.ok && said.err.contains("injector.turnpike.dev"),
+        "{said:?}"
+    );
+    let said = api.try_create(&pod("name: other", "plain", ""));
+    assert!(said.ok, "others are not concerned: {said:?}");
+}
