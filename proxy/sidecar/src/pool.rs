@@ -15,11 +15,11 @@ use hyper::{
     rt::Executor,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::AbortHandle};
 
 use crate::{
     circuit::Circuit, endpoint::Endpoint, error::ProxyError, http::body::RequestBody,
-    limits::Permit, tls::Inside, worker::Worker,
+    io::Answering, limits::Permit, tls::Inside, worker::Worker,
 };
 
 /// Streams on one HTTP/2 connection before a second one is opened; the least that RFC 9113 §6.5.2
@@ -55,9 +55,15 @@ struct Opening {
 }
 
 struct Http1 {
-    sender: http1::SendRequest<RequestBody>,
+    wire: Wire,
     born: Instant,
     idle_since: Instant,
+}
+
+/// An HTTP/1 connection: what sends on it, and the task that carries it.
+struct Wire {
+    sender: http1::SendRequest<RequestBody>,
+    task: AbortHandle,
 }
 
 struct Http2 {
@@ -74,7 +80,7 @@ pub(crate) enum Lease {
 }
 
 pub(crate) struct Http1Lease {
-    sender: http1::SendRequest<RequestBody>,
+    wire: Wire,
     born: Instant,
     reused: bool,
     endpoint: Rc<Endpoint>,
@@ -149,11 +155,11 @@ impl Pool {
                 return Ok(lease);
             }
         };
-        let sender = open_http1(endpoint, worker, circuit, permit).await?;
+        let wire = open_http1(endpoint, worker, circuit, permit).await?;
         drop(pending);
         Ok(Lease::Http1 {
             connection: Box::new(Http1Lease {
-                sender,
+                wire,
                 born: worker.now(),
                 reused: false,
                 endpoint: endpoint.clone(),
@@ -172,17 +178,17 @@ impl Pool {
         let mut idle = self.http1.borrow_mut();
         let oldest = worker.shared.config.bounds.connection_age;
         while let Some(Http1 {
-            sender,
+            wire,
             born,
             idle_since,
         }) = idle.pop()
         {
             let fresh = now.saturating_duration_since(born) < oldest
                 && now.saturating_duration_since(idle_since) < circuit.pool_idle;
-            if fresh && sender.is_ready() {
+            if fresh && wire.sender.is_ready() {
                 let (endpoint, circuit) = (endpoint.clone(), circuit.clone());
                 let lease = Http1Lease {
-                    sender,
+                    wire,
                     born,
                     reused: true,
                     endpoint,
@@ -265,7 +271,7 @@ impl Pool {
     pub(crate) fn sweep(&self, now: Instant, idle: Duration) -> bool {
         let recent = |since: Instant| now.saturating_duration_since(since) < idle;
         let mut http1 = self.http1.borrow_mut();
-        http1.retain(|entry| recent(entry.idle_since) && !entry.sender.is_closed());
+        http1.retain(|entry| recent(entry.idle_since) && !entry.wire.sender.is_closed());
         let mut http2 = self.http2.borrow_mut();
         http2.retain(|entry| {
             !entry.sender.is_closed() && (entry.streams.get() > 0 || recent(entry.idle_since.get()))
@@ -298,7 +304,7 @@ async fn open_http1(
     worker: &Rc<Worker>,
     circuit: &Rc<Circuit>,
     permit: Permit,
-) -> Result<http1::SendRequest<RequestBody>, ProxyError> {
+) -> Result<Wire, ProxyError> {
     let stream = endpoint
         .dial(worker, circuit.connect.get(), Inside::Http1)
         .await?;
@@ -307,17 +313,18 @@ async fn open_http1(
         .preserve_header_case(true)
         .max_buf_size(READ_BUFFER.max(bounds.head_bytes))
         .max_headers(bounds.headers)
-        .handshake(TokioIo::new(stream))
+        .handshake(TokioIo::new(Answering::new(stream)))
         .await
         .map_err(|error| endpoint.connect_error(&io::Error::other(error)))?;
     let circuit = circuit.clone();
-    tokio::task::spawn_local(async move {
+    let task = tokio::task::spawn_local(async move {
         // Its error reaches the request that it concerns.
         let _ = connection.with_upgrades().await;
         drop(permit);
         circuit.released.notify_one();
     });
-    Ok(sender)
+    let task = task.abort_handle();
+    Ok(Wire { sender, task })
 }
 
 async fn open_http2(
@@ -371,7 +378,7 @@ impl Lease {
         match self {
             Self::Http1 { connection } => {
                 let reused = connection.reused;
-                let sent = connection.sender.try_send_request(request).await;
+                let sent = connection.wire.sender.try_send_request(request).await;
                 sent.map_err(|error| failed(error, reused))
             }
             Self::Http2 { connection } => {
@@ -383,43 +390,44 @@ impl Lease {
         }
     }
 
-    /// The response is complete: the connection may serve another request.
+    /// The response is complete: the connection may serve another request, once the request is
+    /// complete too. A server may answer before it has read all of that, and never read the rest.
     pub(crate) fn release(self) {
         let Self::Http1 { connection } = self else {
             return;
         };
         let Http1Lease {
-            mut sender,
+            mut wire,
             born,
             endpoint,
             circuit,
             ..
         } = *connection;
-        if sender.is_ready() {
-            give_back(sender, born, &endpoint, &circuit);
-        } else if !sender.is_closed() {
+        if wire.sender.is_ready() {
+            give_back(wire, born, &endpoint, &circuit);
+        } else if !wire.sender.is_closed() {
             // The request's own body has not ended, or hyper has not yet seen the response's end.
             tokio::task::spawn_local(async move {
-                let ready = tokio::time::timeout(Duration::from_secs(1), sender.ready()).await;
-                if matches!(ready, Ok(Ok(()))) {
-                    give_back(sender, born, &endpoint, &circuit);
+                let ready = tokio::time::timeout(REST_OF_REQUEST, wire.sender.ready()).await;
+                match ready {
+                    Ok(Ok(())) => give_back(wire, born, &endpoint, &circuit),
+                    // Ends the request's body with it.
+                    Ok(Err(_)) | Err(_) => wire.task.abort(),
                 }
             });
         }
     }
 }
 
-fn give_back(
-    sender: http1::SendRequest<RequestBody>,
-    born: Instant,
-    endpoint: &Rc<Endpoint>,
-    circuit: &Rc<Circuit>,
-) {
+/// How long the rest of a request may take after its response is complete.
+const REST_OF_REQUEST: Duration = Duration::from_secs(1);
+
+fn give_back(wire: Wire, born: Instant, endpoint: &Rc<Endpoint>, circuit: &Rc<Circuit>) {
     let mut idle = endpoint.pool.http1.borrow_mut();
     if idle.len() < IDLE {
         let idle_since = tokio::time::Instant::now().into_std();
         idle.push(Http1 {
-            sender,
+            wire,
             born,
             idle_since,
         });

@@ -11,6 +11,7 @@
 
 mod apps;
 mod bounds;
+mod early;
 mod faults;
 mod http;
 mod identity;
