@@ -153,6 +153,11 @@ impl Wire {
         self.frames.is_empty()
     }
 
+    /// Whether a TCP segment came from this address.
+    pub fn heard(&self, source: IpAddr) -> bool {
+        self.streams.keys().any(|(from, _)| from.ip() == source)
+    }
+
     pub fn carried(&self, text: &str) -> bool {
         let said = self.streams.values().flatten().flat_map(Stream::said);
         let mut all = self.frames.iter().cloned().chain(said);
