@@ -10,7 +10,7 @@ mod image;
 use std::{net::IpAddr, time::Duration};
 
 use serde_json::json;
-use turnpike_rig::{Options, World, cluster, wait_for};
+use turnpike_rig::{Options, World, cluster, http, wait_for};
 
 use crate::containerd::{Containerd, Request};
 
@@ -46,7 +46,9 @@ fn containerd_gives_pods_vpc_addresses() {
         .directory
         .write_object("pod-legacy-boxed", &bound_pod(&request))
         .unwrap();
+    let before = assigned(&world);
     let sandbox = runtime.run_sandbox(&request).unwrap();
+    assert_eq!(assigned(&world), before + 1.0, "the address is taken");
     let address: IpAddr = sandbox.address.parse().unwrap();
     assert!(
         sandbox.address.starts_with("10.0."),
@@ -87,6 +89,17 @@ fn containerd_gives_pods_vpc_addresses() {
         !routes.contains(&sandbox.address),
         "the pod's route is gone: {routes}"
     );
+    assert_eq!(assigned(&world), before, "the address is not given back");
+}
+
+/// How many addresses the node's agent has given to pods.
+fn assigned(world: &World) -> f64 {
+    let node = &world.node("node-a").unwrap().namespace;
+    let address = "127.0.0.1:61678".parse().unwrap();
+    let metrics = http::get(node, address, "/metrics").unwrap().body;
+    let name = "awscni_assigned_ip_addresses";
+    let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
+    line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
 /// What the API server would say of the pod by then.

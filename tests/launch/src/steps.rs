@@ -33,6 +33,16 @@ pub(crate) fn cargo(name: &str, arguments: &[&str]) -> Result<(), String> {
     Ok(())
 }
 
+/// What cargo answers, or nothing.
+pub(crate) fn says(arguments: &[&str]) -> String {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo).args(arguments).output();
+    output.map_or_else(
+        |_| String::new(),
+        |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+    )
+}
+
 pub(crate) fn skipped(name: &str, why: &str) {
     note(name, Err(why.to_owned()));
 }

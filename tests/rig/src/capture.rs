@@ -17,7 +17,11 @@ use etherparse::{NetSlice, SlicedPacket, TcpSlice, TransportSlice};
 use pcap_parser::{LegacyPcapReader, PcapBlockOwned, PcapError, traits::PcapReaderIterator as _};
 use turnpike_vpc::netns::{Command, Namespace};
 
-use crate::{daemon::Daemon, wait_for, world::World};
+use crate::{
+    daemon::Daemon,
+    wait_for,
+    world::{OTLP_PORT, World},
+};
 
 /// Longer than any frame of the fabric with its headers.
 const BUFFER: usize = 256 << 10;
@@ -54,7 +58,8 @@ impl Capture {
         Self::begin(&world.namespace("router")?, &world.folder)
     }
 
-    /// Captures in any namespace; `folder` is the world's.
+    /// Captures in any namespace; `folder` is the world's. What sidecars export is left out: it says
+    /// of requests, to a collector in plaintext, what the requests themselves may keep to themselves.
     pub fn begin(namespace: &Namespace, folder: &Path) -> Result<Self> {
         let folder = folder.join("capture");
         let _ = std::fs::remove_dir_all(&folder);
@@ -75,7 +80,8 @@ impl Capture {
                 "root",
                 "-w",
             ])
-            .arg(&file);
+            .arg(&file)
+            .arg(format!("not tcp port {OTLP_PORT}"));
         let tcpdump = Daemon::start("tcpdump", command, namespace, &folder, false)?;
         wait_for(Duration::from_secs(10), || {
             tcpdump.log().contains("listening").then_some(())
@@ -151,6 +157,11 @@ impl Wire {
 
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
+    }
+
+    /// Whether a TCP segment came from this address.
+    pub fn heard(&self, source: IpAddr) -> bool {
+        self.streams.keys().any(|(from, _)| from.ip() == source)
     }
 
     pub fn carried(&self, text: &str) -> bool {

@@ -18,6 +18,7 @@ pub mod otlp;
 pub mod pods;
 pub mod story;
 pub mod tokens;
+pub mod traces;
 pub mod traffic;
 pub mod vpc;
 pub mod world;
@@ -29,6 +30,7 @@ use std::{
 
 pub use claims::{Claim, Evidence};
 pub use pods::{Pod, Said, Sandbox, Workload};
+pub use traces::Traces;
 pub use world::{Options, World};
 
 /// Asks again and again until something is there, or `limit` has passed.

@@ -12,15 +12,31 @@ use std::{
 use anyhow::{Result, anyhow};
 use turnpike_vpc::netns::{Command, Namespace};
 
-use crate::pods::{APP_USER, Pod};
+use crate::{
+    pods::{APP_USER, Pod},
+    world::World,
+};
 
 /// The most requests one run sends, however long it lasts.
 const LIMIT: usize = 5_000;
 
-/// One request: when it was sent, and the status (0: none came).
+/// What curl says of one request: its status, `000` for none.
+const CURL: [&str; 8] = [
+    "curl",
+    "-sk",
+    "-o",
+    "/dev/null",
+    "-w",
+    "%{http_code}",
+    "--max-time",
+    "2",
+];
+
+/// One request: when it began and ended, and the status (0: none came).
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
     pub at: Instant,
+    pub end: Instant,
     pub status: u16,
 }
 
@@ -32,26 +48,14 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Calls `url` (an address, with `host` as the name it stands for) every 30 ms or so.
-    pub fn start(pod: &Pod, url: &str, host: &str) -> Self {
-        let command = Command::new("curl")
-            .args([
-                "-s",
-                "-o",
-                "/dev/null",
-                "-w",
-                "%{http_code}",
-                "--max-time",
-                "2",
-                "-H",
-            ])
-            .arg(format!("Host: {host}"))
-            .arg(url)
-            .user(APP_USER, APP_USER);
+    /// Asks for `url` every 30 ms or so, with the pod's own resolver.
+    pub fn start(world: &World, pod: &Pod, url: &str) -> Result<Self> {
+        let line = [&CURL[..], &[url]].concat();
+        let command = world.command_in(pod, APP_USER, &line)?;
         let running = Arc::new(AtomicBool::new(true));
         let (namespace, goes_on) = (pod.namespace.clone(), running.clone());
         let thread = thread::spawn(move || run(&command, &namespace, &goes_on));
-        Self { running, thread }
+        Ok(Self { running, thread })
     }
 
     pub fn stop(self) -> Result<Vec<Sample>> {
@@ -70,8 +74,11 @@ fn run(command: &Command, namespace: &Namespace, goes_on: &AtomicBool) -> Vec<Sa
             .output(namespace)
             .map(|output| output.stdout)
             .unwrap_or_default();
-        let status = String::from_utf8_lossy(&said).trim().parse().unwrap_or(0);
-        samples.push(Sample { at, status });
+        samples.push(Sample {
+            at,
+            end: Instant::now(),
+            status: String::from_utf8_lossy(&said).trim().parse().unwrap_or(0),
+        });
         thread::sleep(Duration::from_millis(30));
     }
     samples

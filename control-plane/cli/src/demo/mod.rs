@@ -28,6 +28,9 @@ pub(crate) struct Arguments {
     /// Where the report goes, as a page for a browser
     #[arg(long, default_value = "turnpike-demo.html")]
     report: PathBuf,
+    /// Tell only these steps, such as `4` or `1,7`; each makes what it needs
+    #[arg(long, value_delimiter = ',', value_parser = number_of_a_step)]
+    steps: Vec<usize>,
     /// Prefix of the namespaces, so that several boxes can stand side by side
     #[arg(long, global = true, default_value = "tp-demo")]
     name: String,
@@ -39,9 +42,17 @@ enum Action {
     Down,
 }
 
+/// Steps are numbered as in the report.
+fn number_of_a_step(typed: &str) -> Result<usize, String> {
+    let number = typed.trim().parse().ok();
+    let valid = number.filter(|number| (1..=STEPS.len()).contains(number));
+    valid.ok_or_else(|| format!("the steps are 1 to {}", STEPS.len()))
+}
+
 /// One step as it was told.
 #[derive(Debug)]
 struct Told {
+    number: usize,
     title: &'static str,
     time: Duration,
     evidence: Evidence,
@@ -52,6 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         action,
         keep,
         report,
+        steps,
         name,
     } = arguments;
     if let Some(Action::Down) = action {
@@ -83,9 +95,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         begun.elapsed(),
     );
 
-    let told: Vec<Told> = STEPS
-        .iter()
-        .map(|step| tell(&screen, &mut world, step))
+    let wanted = (1..)
+        .zip(STEPS)
+        .filter(|(number, _)| steps.is_empty() || steps.contains(number));
+    let told: Vec<Told> = wanted
+        .map(|(number, step)| tell(&screen, &mut world, number, &step))
         .collect();
     let held = told.iter().all(|step| step.evidence.held());
     let total = begun.elapsed();
@@ -106,7 +120,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
 }
 
 /// A step that cannot be told to its end is a claim that did not hold.
-fn tell(screen: &Screen, world: &mut World, step: &Step) -> Told {
+fn tell(screen: &Screen, world: &mut World, number: usize, step: &Step) -> Told {
     let bar = screen.begin(step.title);
     let begun = Instant::now();
     let evidence = (step.tell)(world).unwrap_or_else(|error| {
@@ -115,6 +129,7 @@ fn tell(screen: &Screen, world: &mut World, step: &Step) -> Told {
         evidence
     });
     let told = Told {
+        number,
         title: step.title,
         time: begun.elapsed(),
         evidence,

@@ -33,7 +33,7 @@ pub(super) fn render(steps: &[Told], total: Duration) -> Markup {
                     }
                     (timeline(steps, total))
                 }
-                main { @for (index, step) in steps.iter().enumerate() { (section(index + 1, step)) } }
+                main { @for step in steps { (section(step)) } }
             }
         }
     }
@@ -48,22 +48,22 @@ fn timeline(steps: &[Told], total: Duration) -> Markup {
     let share = |step: &Told| 100.0 * step.time.as_secs_f64() / total.as_secs_f64().max(0.001);
     html! {
         div.timeline {
-            @for (index, step) in steps.iter().enumerate() {
+            @for step in steps {
                 div style=(format!("width:{:.2}%", share(step)))
                     class=(if step.evidence.held() { "held" } else { "broken" })
                     title=(format!("{}: {:.1} s", step.title, step.time.as_secs_f64())) {
-                    (index + 1)
+                    (step.number)
                 }
             }
         }
     }
 }
 
-fn section(number: usize, step: &Told) -> Markup {
+fn section(step: &Told) -> Markup {
     html! {
         section {
             h2 {
-                span.number { (number) } (step.title)
+                span.number { (step.number) } (step.title)
                 span.time { (format!("{:.1} s", step.time.as_secs_f64())) }
             }
             ul {

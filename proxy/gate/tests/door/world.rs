@@ -70,7 +70,7 @@ impl World {
         );
         outside.sh(
             "ip link set e0 up; ip link set e1 up; \
-             sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1; \
+             for f in ipv4/ip_forward ipv6/conf/all/forwarding; do echo 1 > /proc/sys/net/$f; done; \
              for d in e0 e1; do ip addr add 10.0.1.1/32 dev $d; ip -6 addr add fe80::1/64 dev $d nodad; done; \
              ip -6 addr add fd00:1::1/128 dev e0 nodad; \
              for n in 10 53 66 99; do ip addr add 203.0.113.$n/32 dev lo; done; \

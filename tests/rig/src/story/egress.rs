@@ -213,7 +213,7 @@ fn record(world: &World, evidence: &mut Evidence) -> Result<()> {
         });
         let seen = records(world, &path).unwrap_or_default();
         evidence.claim(
-            format!("every attempt of {namespace}/{name} is on record: by name, by address, lying, UDP, IPv6"),
+            format!("every attempt of {namespace}/{name} is on record: by name, by address, lying in SNI and in Host, UDP, IPv6"),
             complete.is_some(),
             format!("{} records, missing: {:?}", seen.len(), missing(&seen)),
         );
@@ -255,7 +255,11 @@ fn missing(events: &[Value]) -> Vec<&'static str> {
         let destination = event["destination"].as_str().unwrap_or_default();
         destination.trim_start_matches('[').starts_with(address)
     };
-    let lying = |event: &Value| to(ATTACKER, event) && event["claimed"] == "api.payments.example";
+    let at_attacker = |protocols: &[&str], event: &Value| {
+        to(ATTACKER, event) && protocols.iter().any(|name| event["protocol"] == *name)
+    };
+    let claims = |name: &str, event: &Value| event["claimed"] == name;
+    // Each line is an attempt of its own; none may be vouched for by the record of another.
     let wanted = [
         (
             "allowed",
@@ -265,18 +269,33 @@ fn missing(events: &[Value]) -> Vec<&'static str> {
             "by name",
             denied(&|event| event["name"] == "attacker.example"),
         ),
-        ("by address", denied(&|event| to(ATTACKER, event))),
-        ("a lying SNI", denied(&lying)),
         (
-            "over UDP",
-            denied(&|event| to(ATTACKER, event) && event["protocol"] == "udp"),
+            "by address",
+            denied(&|event| {
+                at_attacker(&["tls", "tcp"], event)
+                    && event["claimed"].is_null()
+                    && port(event) == Some("443")
+            }),
         ),
+        (
+            "a lying SNI",
+            denied(&|event| at_attacker(&["tls"], event) && claims("api.payments.example", event)),
+        ),
+        (
+            "a lying Host",
+            denied(&|event| at_attacker(&["http"], event) && claims("partner.example", event)),
+        ),
+        ("over UDP", denied(&|event| at_attacker(&["udp"], event))),
         ("over IPv6", denied(&|event| to(ATTACKER6, event))),
     ];
     wanted
         .into_iter()
         .filter_map(|(what, there)| (!there).then_some(what))
         .collect()
+}
+
+fn port(event: &Value) -> Option<&str> {
+    event["destination"].as_str()?.rsplit(':').next()
 }
 
 fn holds(reports: &[Value]) -> bool {
@@ -312,7 +331,7 @@ fn give_ipv6(world: &World, index: u8, namespace: &str, name: &str) -> Result<()
         .unwrap_or_default();
     let address = format!("{}::{index}", prefix.trim_end_matches(':'));
     let line = format!(
-        "sysctl -qw net.ipv6.conf.eth0.disable_ipv6=0; ip -6 addr replace {address}/128 dev eth0 nodad; \
+        "echo 0 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip -6 addr replace {address}/128 dev eth0 nodad; \
          ip -6 neigh replace fe80::1 lladdr $(ip neigh show 169.254.1.1 | awk '{{print $5}}') dev eth0; \
          ip -6 route replace fe80::1 dev eth0; ip -6 route replace default via fe80::1 dev eth0"
     );

@@ -90,9 +90,8 @@ fn identities(world: &World, evidence: &mut Evidence) -> Result<()> {
     let server = "spiffe://cluster.local/ns/shop/sa/web";
     let (web, caller) = (world.pod("shop", "web-1")?, world.pod("shop", "client")?);
     let says = |log: &[Value], identity: &str| {
-        log.iter().any(|entry| {
-            entry.to_string().contains("/cards") && entry.to_string().contains(identity)
-        })
+        log.iter()
+            .any(|entry| entry["path"] == "/cards" && entry["peer_principal"] == identity)
     };
     let known = wait_for(Duration::from_secs(5), || {
         (says(&web.access_log(), client) && says(&caller.access_log(), server)).then_some(())

@@ -1,31 +1,31 @@
 //! One VPC with its control plane and nodes, brought up in order and taken down whole.
 
+mod plan;
+mod turn;
+
 use std::{
     collections::BTreeMap,
     env, fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use turnpike_vpc::{
-    fabric::isolation,
-    netns::{Command, Namespace},
-    resolver::Names,
-    run::Ready,
-};
+use turnpike_vpc::{fabric::isolation, netns::Namespace, resolver::Names, run::Ready};
 
 use crate::{
     daemon::{self, Daemon},
     directory::Directory,
     otlp::Sink,
     pods::Pod,
-    tokens::{AUDIENCE, ISSUER, Issuer, Subject},
+    tokens::Issuer,
     vpc::{self, Vpc},
 };
+
+use self::plan::Plan;
+pub use self::turn::Turn;
 
 /// Where worlds keep their files while they stand.
 const ROOT: &str = "/run/turnpike-box";
@@ -41,7 +41,7 @@ const CONTROLLER_PORT: u16 = 15012;
 const CONTROLLER_HTTP: u16 = 15014;
 const AUDIT_PORT: u16 = 15016;
 const AUDIT_HTTP: u16 = 15017;
-const OTLP_PORT: u16 = 4317;
+pub(crate) const OTLP_PORT: u16 = 4317;
 const AGENT_HTTP: u16 = 61678;
 const GATE_HTTP: u16 = 15022;
 pub const CONTROLLER_NAME: &str = "turnpike-controller.turnpike-system.svc";
@@ -50,9 +50,6 @@ const READY: Duration = Duration::from_secs(30);
 /// The nodes of the box: name, and the zone it is in.
 pub const NODES: [(&str, &str); 2] = [("node-a", "eu-west-1a"), ("node-b", "eu-west-1b")];
 
-/// Two cores cannot carry two worlds at once without one starving the other.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -60,7 +57,8 @@ pub struct Options {
     pub name: String,
     /// The processes outlive this one.
     pub keep: bool,
-    /// Where spans and metrics go; `None`: to a sink of the world's own.
+    /// A collector outside of the box. The world's own sink, which sidecars reach, passes on to it
+    /// what it takes.
     pub otlp: Option<String>,
     /// Another build of the sidecar than the one beside this program.
     pub proxy: Option<PathBuf>,
@@ -103,8 +101,8 @@ pub struct World {
     pub audit: Daemon,
     pub nodes: Vec<Node>,
     pub pods: BTreeMap<(String, String), Pod>,
-    /// Present unless the user named a collector.
-    pub sink: Option<Sink>,
+    /// Takes what the sidecars export.
+    pub sink: Sink,
     pub control: Namespace,
     /// What the VPC says of itself.
     pub ready: Ready,
@@ -112,30 +110,6 @@ pub struct World {
     vpc: Vpc,
     runtime: tokio::runtime::Runtime,
     _turn: Turn,
-}
-
-/// One world at a time: in this process, and among all processes of the machine.
-#[derive(Debug)]
-pub struct Turn {
-    _process: MutexGuard<'static, ()>,
-    /// Let go with the file, also by a crash.
-    _machine: fs::File,
-}
-
-impl Turn {
-    pub fn wait(progress: &dyn Fn(&str)) -> Result<Self> {
-        let process = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        fs::create_dir_all(ROOT)?;
-        let machine = fs::File::open(ROOT)?;
-        if let Err(fs::TryLockError::WouldBlock) = machine.try_lock() {
-            progress("waiting: another world is being shown or tested on this machine");
-            machine.lock()?;
-        }
-        Ok(Self {
-            _process: process,
-            _machine: machine,
-        })
-    }
 }
 
 impl World {
@@ -169,13 +143,13 @@ impl World {
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let sink = match &options.otlp {
-            Some(_) => None,
-            None => Some(own_sink(&control, &runtime)?),
-        };
+        let sink = own_sink(&control, &runtime)?;
+        if let Some(collector) = &options.otlp {
+            sink.pass_on(collector, &runtime)?;
+        }
         let issuer = Issuer::new()?;
         let directory = Directory::create(folder.join("policies"))?;
-        directory.write("mesh", include_str!("../cluster/mesh.yaml"))?;
+        directory.write("mesh", include_str!("../../cluster/mesh.yaml"))?;
 
         progress("control plane: controller with its CA, audit");
         let plan = Plan {
@@ -295,7 +269,7 @@ impl World {
     }
 
     pub(crate) fn otlp_endpoint(&self) -> String {
-        endpoint(&self.options)
+        format!("http://{CONTROL}:{OTLP_PORT}")
     }
 
     /// Takes everything down, in the reverse order of building.
@@ -344,147 +318,6 @@ impl World {
     }
 }
 
-/// What the daemons of one world have in common.
-struct Plan<'a> {
-    options: &'a Options,
-    folder: &'a Path,
-    issuer: &'a Issuer,
-}
-
-impl Plan<'_> {
-    fn controller(&self, control: &Namespace, policies: &Path) -> Result<Daemon> {
-        let folder = self.folder.join("control");
-        fs::create_dir_all(&folder)?;
-        let keys = folder.join("tokens.jwks");
-        self.issuer.publish(&keys)?;
-        let command = Command::new(program("turnpike-controller")?)
-            .args(["--cluster", "cluster", "--trust-domain", "cluster.local"])
-            .arg("--source-dir")
-            .arg(policies)
-            .args(["--listen", &format!("{CONTROL}:{CONTROLLER_PORT}")])
-            .args(["--http", &format!("{CONTROL}:{CONTROLLER_HTTP}")])
-            .arg("--state-dir")
-            .arg(folder.join("state"))
-            .arg("--root-cert-out")
-            .arg(self.root_file())
-            .args(["--token-issuer", ISSUER, "--audience", AUDIENCE])
-            .arg("--token-jwks")
-            .arg(keys);
-        Daemon::start("controller", command, control, &folder, self.options.keep)
-    }
-
-    fn audit(&self, control: &Namespace) -> Result<Daemon> {
-        let folder = self.folder.join("control");
-        let token = self.token("turnpike-audit", "control")?;
-        let command = Command::new(program("turnpike-audit")?)
-            .args(["--listen", &format!("{CONTROL}:{AUDIT_PORT}")])
-            .args(["--http", &format!("{CONTROL}:{AUDIT_HTTP}")])
-            .args([
-                "--store",
-                &format!("sqlite:{}", folder.join("audit.db").display()),
-            ]);
-        let command = self.client(command, &token);
-        Daemon::start("audit", command, control, &folder, self.options.keep)
-    }
-
-    fn node(&self, name: &'static str, zone: &'static str) -> Result<Node> {
-        let namespace = Namespace::open(&format!("{}-{name}", self.options.name))?;
-        let folder = self.folder.join(name);
-        fs::create_dir_all(&folder)?;
-        let agent = self.agent(name, &namespace, &folder)?;
-        let gate = self.gate(name, &namespace, &folder)?;
-        Ok(Node {
-            name,
-            zone,
-            namespace,
-            agent,
-            gate,
-            folder,
-        })
-    }
-
-    fn agent(&self, name: &str, namespace: &Namespace, folder: &Path) -> Result<Daemon> {
-        let token = self.token("turnpike-node", name)?;
-        let mut command = Command::new(program("turnpike-node")?)
-            .args(["--node-name", name, "--cluster", "cluster"])
-            .arg("--cni-socket")
-            .arg(folder.join("cni.sock"))
-            .arg("--feed-socket")
-            .arg(folder.join("feed.sock"))
-            .arg("--state-dir")
-            .arg(folder.join("agent"))
-            .args(["--http", &format!("127.0.0.1:{AGENT_HTTP}")])
-            .env("AWS_ENDPOINT_URL_EC2", "http://10.0.0.2:8773")
-            .env("AWS_REGION", "eu-west-1")
-            .env("WARM_IP_TARGET", "4");
-        for (name, value) in &self.options.agent_environment {
-            command = command.env(name, value);
-        }
-        let command = self.client(command, &token);
-        Daemon::start(
-            &format!("{name}/agent"),
-            command,
-            namespace,
-            folder,
-            self.options.keep,
-        )
-    }
-
-    fn gate(&self, name: &str, namespace: &Namespace, folder: &Path) -> Result<Daemon> {
-        let token = self.token("turnpike-gate", name)?;
-        let command = Command::new(program("turnpike-gate")?)
-            .args(["--node-name", name, "--cluster", "cluster"])
-            .arg("--feed-socket")
-            .arg(folder.join("feed.sock"))
-            .arg("--spool-dir")
-            .arg(folder.join("spool"))
-            .args(["--upstream-dns", "10.0.0.2", "--cluster-dns", "10.0.0.2"])
-            .args(["--audit", &format!("{CONTROL}:{AUDIT_PORT}")])
-            .args(["--http", &format!("127.0.0.1:{GATE_HTTP}")]);
-        let command = self.client(command, &token);
-        Daemon::start(
-            &format!("{name}/gate"),
-            command,
-            namespace,
-            folder,
-            self.options.keep,
-        )
-    }
-
-    /// What every client of the controller is told.
-    fn client(&self, command: Command, token: &Path) -> Command {
-        command
-            .args(["--controller", &format!("{CONTROL}:{CONTROLLER_PORT}")])
-            .args(["--controller-name", CONTROLLER_NAME])
-            .arg("--token-file")
-            .arg(token)
-            .arg("--root-file")
-            .arg(self.root_file())
-            .env("RUST_LOG", "info")
-            .env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint(self.options))
-    }
-
-    fn root_file(&self) -> PathBuf {
-        self.folder.join("root.pem")
-    }
-
-    fn token(&self, account: &str, node: &str) -> Result<PathBuf> {
-        let subject = Subject {
-            namespace: "turnpike-system",
-            service_account: account,
-            pod: None,
-            node: Some(node),
-        };
-        let path = self.folder.join(format!("{node}-{account}.token"));
-        fs::write(
-            &path,
-            self.issuer
-                .token(&subject, Duration::from_secs(24 * 3600))?,
-        )?;
-        Ok(path)
-    }
-}
-
 /// Takes down what a failed start left.
 struct Undo(Option<String>);
 
@@ -509,13 +342,6 @@ pub fn own_sink(control: &Namespace, runtime: &tokio::runtime::Runtime) -> Resul
     let listener = control.run(|| TcpListener::bind(at(CONTROL, OTLP_PORT)))??;
     let _entered = runtime.enter();
     Sink::serve(listener)
-}
-
-fn endpoint(options: &Options) -> String {
-    options
-        .otlp
-        .clone()
-        .unwrap_or_else(|| format!("http://{CONTROL}:{OTLP_PORT}"))
 }
 
 /// Takes away what programs mounted below a folder, the newest first.
