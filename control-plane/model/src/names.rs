@@ -9,6 +9,12 @@ use crate::{Model, key::Key};
 /// Members that the mesh's configuration lists, in the place of a node's name.
 pub(crate) const STATIC: &str = "static";
 
+/// The API server's Service. Its endpoints are no pods, and pods with an egress policy may reach it
+/// by them all the same: it has an authorization of its own.
+pub(crate) fn api_server() -> Key {
+    Key::new("default", "kubernetes")
+}
+
 impl Model {
     pub(crate) fn service_key(&self, key: &Key) -> ServiceKey {
         ServiceKey {

@@ -19,7 +19,7 @@ use crate::{
         slice::{Entry, Slice},
     },
     key::Key,
-    names::STATIC,
+    names::{STATIC, api_server},
     shards::{Contribution, Source, Touched},
     store::Selected,
 };
@@ -106,6 +106,9 @@ impl Model {
         let pods: Vec<Arc<Pod>> = slices().flat_map(|slice| self.named_by(slice)).collect();
         pods.iter().for_each(|pod| self.touch_inbound(pod, to));
         let services: BTreeSet<Key> = slices().map(|slice| slice.service.clone()).collect();
+        if services.contains(&api_server()) {
+            to.touch(ResourceType::Members, self.members_name(STATIC));
+        }
         for service in &services {
             // The first slice of a Service puts its pods out of account, the last brings them back.
             let others = self.slices.of(service).any(|slice| slice.key != *key);

@@ -3,7 +3,10 @@
 
 mod common;
 
+use std::net::IpAddr;
+
 use common::{load, model};
+use turnpike_api::Kind;
 use turnpike_model::{Condition, Model, ResourceType};
 use turnpike_rules::{
     service::{EndpointState, Protocol, Service},
@@ -359,6 +362,41 @@ status: {podIP: 10.0.0.100}
             [10, 0, 0, 3].into()
         ]
     );
+}
+
+#[test]
+fn the_api_server_belongs_to_the_cluster_wherever_it_is() {
+    let slice = |name: &str, address: &str| {
+        format!(
+            "
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}, namespace: default, labels: {{kubernetes.io/service-name: kubernetes}}}}
+addressType: IPv4
+ports: [{{name: https, port: 6443}}]
+endpoints: [{{addresses: [{address}]}}]
+"
+        )
+    };
+    let mut model = common::model();
+    let mesh = "{apiVersion: turnpike.dev/v1alpha1, kind: MeshConfig, metadata: {name: default}, spec: \
+                {clusterAddresses: [10.0.0.7]}}";
+    common::load(&mut model, mesh);
+    let members = |model: &Model| model.members("cluster/static").unwrap().addresses;
+    let at = |addresses: &[[u8; 4]]| -> Vec<IpAddr> {
+        addresses.iter().map(|&address| address.into()).collect()
+    };
+    assert_eq!(members(&model), at(&[[10, 0, 0, 7]]));
+    for (address, expected) in [("10.0.0.10", [10, 0, 0, 10]), ("10.0.0.11", [10, 0, 0, 11])] {
+        let changes = common::load(&mut model, &slice("kubernetes", address));
+        let told = changes
+            .iter()
+            .any(|(kind, name)| kind == ResourceType::Members && &**name == "cluster/static");
+        assert!(told, "agents and gates hear of {address}");
+        assert_eq!(members(&model), at(&[[10, 0, 0, 7], expected]));
+    }
+    model.delete(&common::key(Kind::EndpointSlice, "default", "kubernetes"));
+    assert_eq!(members(&model), at(&[[10, 0, 0, 7]]));
 }
 
 #[test]

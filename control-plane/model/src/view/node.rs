@@ -2,7 +2,11 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use turnpike_rules::pod::{InboundPort, Members, PodEgress, PodNetwork};
 
-use crate::{Model, ResourceType, facts::pod::Pod, names::STATIC};
+use crate::{
+    Model, ResourceType,
+    facts::pod::Pod,
+    names::{STATIC, api_server},
+};
 
 impl Model {
     /// How the network of the pod `cluster/namespace/pod` is set up.
@@ -39,14 +43,24 @@ impl Model {
         })
     }
 
-    /// Addresses of the pods of `cluster/node`, or what `cluster/static` adds to them.
+    /// Addresses of the pods of `cluster/node`, or what `cluster/static` adds to them: the API server
+    /// and what the MeshConfig lists.
     pub fn members(&self, name: &str) -> Option<Members> {
         let node = self.in_cluster(name)?;
         if node == STATIC {
-            let Self { mesh, .. } = self;
+            let Self { mesh, slices, .. } = self;
+            let api_server = api_server();
+            let slices = slices.of(&api_server).flat_map(|slice| &slice.endpoints);
+            let api_server = slices.flat_map(|entry| &entry.addresses);
+            let addresses: BTreeSet<IpAddr> = mesh
+                .cluster_addresses
+                .iter()
+                .chain(api_server)
+                .copied()
+                .collect();
             return Some(Members {
                 name: name.into(),
-                addresses: mesh.cluster_addresses.clone(),
+                addresses: addresses.into_iter().collect(),
                 services: mesh.service_cidrs.clone(),
             });
         }
