@@ -44,6 +44,8 @@ pub(crate) struct Rig {
     pub(crate) control: Namespace,
     pub(crate) folder: TempDir,
     environment: Vec<(&'static str, String)>,
+    /// What the agent has from its next start on.
+    pub(crate) capabilities: Vec<&'static str>,
     pub(crate) agent: Option<Child>,
     pods: Mutex<Vec<Namespace>>,
     stop: Arc<Notify>,
@@ -54,14 +56,19 @@ pub(crate) struct Rig {
 
 const CHART: &str = include_str!("../../../../charts/turnpike/templates/node.yaml");
 
-/// The capabilities that the chart gives the agent's container, by bit.
-fn capabilities() -> u64 {
+/// The capabilities that the chart gives the agent's container, without `CAP_`.
+pub(crate) fn capabilities() -> Vec<&'static str> {
     let listed = CHART.lines().map(str::trim);
-    let names = listed
+    listed
         .skip_while(|line| *line != "add:")
         .skip(1)
-        .map_while(|line| line.strip_prefix("- ")?.split(' ').next());
-    let bits = names.map(|name| {
+        .map_while(|line| line.strip_prefix("- ")?.split(' ').next())
+        .collect()
+}
+
+/// As in `CapBnd`.
+fn bits(capabilities: &[&str]) -> u64 {
+    let bits = capabilities.iter().map(|name| {
         let capability: caps::Capability = format!("CAP_{name}").parse().unwrap();
         capability.bitmask()
     });
@@ -153,6 +160,7 @@ impl Rig {
                 .iter()
                 .map(|(k, v)| (*k, (*v).to_owned()))
                 .collect(),
+            capabilities: capabilities(),
             agent: None,
             pods: Mutex::default(),
             stop,
@@ -183,7 +191,7 @@ impl Rig {
         // As in its container: no right more, and `/proc/sys` read-only but for the network's part,
         // which is mounted elsewhere.
         let mut command = Command::new(env!("CARGO_BIN_EXE_turnpike-node"))
-            .capabilities(capabilities())
+            .capabilities(bits(&self.capabilities))
             .no_new_privileges()
             .bind("/proc/sys/net", &sysctls)
             .bind_read_only("/proc/sys", "/proc/sys")
@@ -210,6 +218,16 @@ impl Rig {
             command = command.env(key, value);
         }
         self.agent = Some(command.spawn(&self.node).unwrap());
+    }
+
+    /// Whether the agent has ended by itself; then it is reaped.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let agent = self.agent.as_mut().expect("it was started");
+        let ended = agent.try_wait().unwrap().is_some();
+        if ended {
+            self.agent = None;
+        }
+        ended
     }
 
     /// Sends the signal and reaps the agent.
@@ -437,7 +455,7 @@ pub(crate) fn residue(before: &str, after: &str) -> String {
     gone.chain(new).collect::<Vec<_>>().join("\n")
 }
 
-pub(crate) fn wait_for(what: &str, done: impl Fn() -> bool) {
+pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
