@@ -343,6 +343,7 @@ mod tests {
             identity: None,
             zone: "".into(),
             state: EndpointState::Serving,
+            names: None,
         }
     }
 

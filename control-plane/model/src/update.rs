@@ -388,6 +388,7 @@ impl Model {
                 identity: pod.mesh_identity(),
                 zone: self.pods.zone(pod),
                 state,
+                names: Some(pod.names.clone()),
             };
             to.add(mapping.clone(), endpoint);
         }
@@ -412,6 +413,7 @@ impl Model {
                     identity: pod.and_then(|pod| pod.mesh_identity()),
                     zone: zone.unwrap_or_default(),
                     state,
+                    names: pod.map(|pod| pod.names.clone()),
                 };
                 to.add(mapping.clone(), endpoint);
             }

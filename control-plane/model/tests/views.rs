@@ -125,7 +125,7 @@ endpoints:
     assert_eq!(endpoints(&model), expected);
     assert_eq!(&*model.self_config("u1").unwrap().backs[0].key.name, "web");
     model.delete(&common::key(
-        turnpike_api::Kind::EndpointSlice,
+        Kind::EndpointSlice,
         "shop",
         "web-x",
     ));
@@ -358,7 +358,7 @@ status: {podIP: 10.0.0.100}
     assert_eq!(
         members,
         [
-            "10.0.0.1".parse::<std::net::IpAddr>().unwrap(),
+            "10.0.0.1".parse::<IpAddr>().unwrap(),
             [10, 0, 0, 3].into()
         ]
     );
@@ -378,17 +378,17 @@ endpoints: [{{addresses: [{address}]}}]
 "
         )
     };
-    let mut model = common::model();
+    let mut model = model();
     let mesh = "{apiVersion: turnpike.dev/v1alpha1, kind: MeshConfig, metadata: {name: default}, spec: \
                 {clusterAddresses: [10.0.0.7]}}";
-    common::load(&mut model, mesh);
+    load(&mut model, mesh);
     let members = |model: &Model| model.members("cluster/static").unwrap().addresses;
     let at = |addresses: &[[u8; 4]]| -> Vec<IpAddr> {
         addresses.iter().map(|&address| address.into()).collect()
     };
     assert_eq!(members(&model), at(&[[10, 0, 0, 7]]));
     for (address, expected) in [("10.0.0.10", [10, 0, 0, 10]), ("10.0.0.11", [10, 0, 0, 11])] {
-        let changes = common::load(&mut model, &slice("kubernetes", address));
+        let changes = load(&mut model, &slice("kubernetes", address));
         let told = changes
             .iter()
             .any(|(kind, name)| kind == ResourceType::Members && &**name == "cluster/static");
@@ -538,7 +538,7 @@ fn of_two_traffic_policies_the_older_holds_and_the_other_is_told() {
     assert_eq!(found[0].0, "Conflicted");
     assert!(found[0].1.contains("`shop/b` is older"), "{found:?}");
     assert!(problems(&model, "TrafficPolicy shop/b").is_empty());
-    model.delete(&common::key(turnpike_api::Kind::TrafficPolicy, "shop", "b"));
+    model.delete(&common::key(Kind::TrafficPolicy, "shop", "b"));
     assert_eq!(web(&model).traffic.retry.attempts, 1);
     assert!(problems(&model, "TrafficPolicy shop/a").is_empty());
     load(&mut model, &policy("c", "null", "nowhere", 1));
@@ -590,7 +590,7 @@ fn of_policies_that_exclude_each_other_those_overruled_are_told() {
         assert!(message.contains("comes first by its name"), "{message}");
     }
     model.delete(&common::key(
-        turnpike_api::Kind::PeerAuthentication,
+        Kind::PeerAuthentication,
         "shop",
         "c-web",
     ));

@@ -2,7 +2,7 @@
 
 use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
-use crate::{Identity, route::RouteTable, traffic::TrafficPolicy};
+use crate::{Identity, route::RouteTable, traffic::TrafficPolicy, workload::Names};
 
 /// Names a Service across clusters: `cluster/namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -124,6 +124,8 @@ pub struct Endpoint {
     /// Availability zone, empty where unknown.
     pub zone: Arc<str>,
     pub state: EndpointState,
+    /// `None`: an address that is no pod.
+    pub names: Option<Arc<Names>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -15,6 +15,36 @@ pub enum Destination {
     Workload(Workload),
 }
 
+/// Which workload a pod is of, as metrics and traces name it: Istio's labels. All pods of one
+/// version of a workload have the same, so it is shared.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Names {
+    /// The owner's name, without generated suffixes.
+    pub workload: Arc<str>,
+    pub namespace: Arc<str>,
+    /// The canonical service and its revision: what the workload is part of, by its labels.
+    pub service: Arc<str>,
+    pub revision: Arc<str>,
+    /// Labels `app` and `version`; empty where there are none.
+    pub app: Arc<str>,
+    pub version: Arc<str>,
+}
+
+impl Names {
+    /// Of a workload that no label says more of.
+    pub fn unlabelled(workload: impl Into<Arc<str>>, namespace: impl Into<Arc<str>>) -> Self {
+        let workload = workload.into();
+        Self {
+            service: workload.clone(),
+            workload,
+            namespace: namespace.into(),
+            revision: "latest".into(),
+            app: "".into(),
+            version: "".into(),
+        }
+    }
+}
+
 /// One pod as its callers see it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
@@ -28,6 +58,8 @@ pub struct Workload {
     /// backs each port.
     pub service: Option<ServiceKey>,
     pub ports: Vec<WorkloadPort>,
+    /// `None`: the control plane does not say.
+    pub names: Option<Arc<Names>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +75,7 @@ pub struct SelfConfig {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
     pub identity: Identity,
-    /// The workload's name in metrics and traces: its owner without generated suffixes.
-    pub workload: Arc<str>,
+    pub names: Arc<Names>,
     pub zone: Arc<str>,
     pub ports: Vec<WorkloadPort>,
     /// Ports that kubelet probes: reached in plaintext by the node, whatever `mtls` says.

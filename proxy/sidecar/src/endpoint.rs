@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use turnpike_rules::{Identity, ServiceKey};
+use turnpike_rules::{Identity, ServiceKey, workload::Names};
 
 use crate::{
     balance::Load,
@@ -28,6 +28,7 @@ pub(crate) struct Endpoint {
     /// `None`: it has no sidecar, and is spoken to in plaintext.
     pub(crate) peer: Option<Peer>,
     pub(crate) service: Option<ServiceKey>,
+    pub(crate) names: Option<Arc<Names>>,
     pub(crate) health: Arc<Health>,
     pub(crate) load: Load,
     /// The readmission that `load` knows of.
@@ -43,6 +44,7 @@ impl Endpoint {
         address: SocketAddr,
         peer: Option<Peer>,
         service: Option<ServiceKey>,
+        names: Option<Arc<Names>>,
         health: Arc<Health>,
         now: Instant,
     ) -> Rc<Self> {
@@ -51,6 +53,7 @@ impl Endpoint {
             address,
             peer,
             service,
+            names,
             readmitted: Cell::new(health.readmission(u64::MAX)),
             health,
             load: Load::new(now),
@@ -123,6 +126,7 @@ impl Endpoint {
         Labels {
             direction: Direction::Outbound,
             peer: self.identity().cloned(),
+            names: self.names.clone(),
             service: self.service.clone(),
             passthrough: false,
             grpc,

@@ -320,7 +320,7 @@ fn exports(
         uid,
         node,
     } = pod;
-    let workload = own.borrow().workload.to_string();
+    let workload = own.borrow().names.workload.to_string();
     let service = if workload.is_empty() {
         name.clone()
     } else {

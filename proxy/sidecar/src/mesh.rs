@@ -129,6 +129,11 @@ impl Mesh {
         self.directory.destination(address).await
     }
 
+    /// As [`Mesh::destination`], for who does not wait on the spot.
+    pub fn lookup(&self, address: IpAddr) -> Answer<Lookup> {
+        self.directory.destination(address)
+    }
+
     pub async fn service(&self, key: &ServiceKey) -> Option<ServiceWatch> {
         self.directory.service(key).await
     }

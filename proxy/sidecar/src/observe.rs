@@ -8,7 +8,7 @@
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Method, Uri, Version};
-use turnpike_rules::{Identity, ServiceKey};
+use turnpike_rules::{Identity, ServiceKey, workload::Names};
 
 /// Receives what happened. Calls may come from any worker thread.
 pub trait Observer: Send + Sync + fmt::Debug + 'static {
@@ -75,8 +75,10 @@ pub struct Labels {
     pub direction: Direction,
     /// The other side as its certificate names it. `None`: plaintext.
     pub peer: Option<Identity>,
-    /// The Service called. Inbound: from the mesh's server name, `None` for plaintext and for pods
-    /// called by their own address.
+    /// The other side's workload; `None`: nobody knows.
+    pub names: Option<Arc<Names>>,
+    /// The Service called. Inbound: from the mesh's server name; else the one that this pod backs,
+    /// where it is one alone, as callers take it too.
     pub service: Option<ServiceKey>,
     /// Outbound: no destination of the mesh was known.
     pub passthrough: bool,

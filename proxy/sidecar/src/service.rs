@@ -214,13 +214,25 @@ impl Service {
         };
         let uid = &each.endpoint.uid;
         let same = |known: &&Rc<Endpoint>| {
-            known.uid == *uid && known.address == address && known.peer == peer
+            known.uid == *uid
+                && known.address == address
+                && known.peer == peer
+                && known.names == each.endpoint.names
         };
         let known = before.and_then(|before| before.all().find(same));
         Some(known.cloned().unwrap_or_else(|| {
             let health = self.shared.outliers.health(uid);
             let service = Some(self.key.clone());
-            Endpoint::new(uid.clone(), address, peer, service, health, worker.now())
+            let names = each.endpoint.names.clone();
+            Endpoint::new(
+                uid.clone(),
+                address,
+                peer,
+                service,
+                names,
+                health,
+                worker.now(),
+            )
         }))
     }
 
@@ -345,6 +357,7 @@ pub(crate) fn direct(worker: &Worker, workload: &Workload, port: u16) -> Option<
         address,
         peer,
         service,
+        workload.names.clone(),
         health,
         worker.now(),
     ))

@@ -8,7 +8,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::util::intstr::IntOrString,
 };
-use turnpike_rules::{Identity, pod::Capture, service::EndpointState};
+use turnpike_rules::{Identity, pod::Capture, service::EndpointState, workload::Names};
 
 use super::Refusal;
 use crate::{
@@ -23,6 +23,8 @@ const OUTBOUND_PORT: u16 = 15001;
 const INBOUND_PORT: u16 = 15006;
 /// The sidecar's own ports that are reached from outside the pod: metrics and readiness.
 const SIDECAR_PORTS: [u16; 2] = [15020, 15021];
+const CANONICAL_NAME: &str = "service.istio.io/canonical-name";
+const CANONICAL_REVISION: &str = "service.istio.io/canonical-revision";
 const ZONE: &str = "topology.kubernetes.io/zone";
 
 #[derive(Clone, Debug, PartialEq)]
@@ -32,7 +34,7 @@ pub(crate) struct Pod {
     pub(crate) birth: Birth,
     pub(crate) labels: Labels,
     pub(crate) identity: Identity,
-    pub(crate) workload: Arc<str>,
+    pub(crate) names: Arc<Names>,
     pub(crate) node: Option<Arc<str>>,
     pub(crate) addresses: Vec<IpAddr>,
     /// As the pod itself says; its node's zone is known from elsewhere.
@@ -74,7 +76,7 @@ impl Pod {
             uid: uid(meta.uid.as_deref(), &key),
             birth: Birth::of(meta),
             labels: meta.labels.clone().unwrap_or_default(),
-            workload: workload(object),
+            names: Arc::new(names(object, &key)),
             node: spec
                 .node_name
                 .as_deref()
@@ -145,6 +147,28 @@ fn uid(uid: Option<&str>, key: &Key) -> Arc<str> {
     match uid {
         Some(uid) if !uid.is_empty() => uid.into(),
         _ => format!("{}.{}", key.name, key.namespace).into(),
+    }
+}
+
+/// As Istio names it, so that its dashboards show what they showed.
+/// Source: <https://istio.io/latest/docs/ops/deployment/application-requirements/>.
+fn names(object: &PodObject, key: &Key) -> Names {
+    let workload = workload(object);
+    let labels = object.metadata.labels.as_ref();
+    let label = |name: &str| {
+        let value = labels.and_then(|labels| labels.get(name));
+        value.filter(|value| !value.is_empty()).map(String::as_str)
+    };
+    let first = |names: [&str; 3]| names.into_iter().find_map(label);
+    let service = first([CANONICAL_NAME, "app.kubernetes.io/name", "app"]);
+    let revision = first([CANONICAL_REVISION, "app.kubernetes.io/version", "version"]);
+    Names {
+        namespace: key.namespace.clone(),
+        service: service.unwrap_or(&workload).into(),
+        revision: revision.unwrap_or("latest").into(),
+        app: label("app").unwrap_or_default().into(),
+        version: label("version").unwrap_or_default().into(),
+        workload,
     }
 }
 
@@ -340,7 +364,7 @@ status:
   conditions: [{type: Ready, status: 'True'}]
 ",
         );
-        assert_eq!(&*pod.workload, "web");
+        assert_eq!(&*pod.names.workload, "web");
         assert_eq!(
             pod.identity.to_string(),
             "spiffe://cluster.local/ns/shop/sa/web"
@@ -361,11 +385,11 @@ status:
             "{metadata: {name: n-28471234-x, namespace: a, uid: u, ownerReferences: \
              [{apiVersion: batch/v1, kind: Job, name: n-28471234, uid: j}]}}",
         );
-        assert_eq!(&*job.workload, "n");
+        assert_eq!(&*job.names.workload, "n");
         assert!(job.mesh_identity().is_none());
         assert_eq!(job.state(false), None, "not ready");
         let bare = read("{metadata: {name: solo, namespace: a}}");
-        assert_eq!((&*bare.workload, &*bare.uid), ("solo", "solo.a"));
+        assert_eq!((&*bare.names.workload, &*bare.uid), ("solo", "solo.a"));
         let done = read("{metadata: {name: d}, status: {phase: Succeeded, podIP: 10.0.0.1}}");
         assert!(done.own_addresses().is_empty());
         let host = read(
@@ -373,6 +397,41 @@ status:
                          status: {podIP: 10.0.0.1}}",
         );
         assert!(host.own_addresses().is_empty() && host.networked_on().is_none());
+    }
+
+    #[test]
+    fn the_names_that_dashboards_use_come_from_owner_and_labels() {
+        let named = |labels: &str| {
+            let pod = read(&format!(
+                "{{metadata: {{name: w-5d4-x, namespace: shop, uid: u, labels: {{pod-template-hash: \
+                 5d4, {labels}}}, ownerReferences: [{{apiVersion: apps/v1, kind: ReplicaSet, name: \
+                 w-5d4, uid: r, controller: true}}]}}}}"
+            ));
+            let Names {
+                workload,
+                namespace,
+                service,
+                revision,
+                app,
+                version,
+            } = &*pod.names;
+            format!("{workload}.{namespace} {service}/{revision} {app}:{version}")
+        };
+        for (labels, expected) in [
+            ("", "w.shop w/latest :"),
+            ("app: a, version: v2", "w.shop a/v2 a:v2"),
+            (
+                "app: a, app.kubernetes.io/name: k, app.kubernetes.io/version: '3'",
+                "w.shop k/3 a:",
+            ),
+            (
+                "app: a, version: v2, service.istio.io/canonical-name: c, \
+                 service.istio.io/canonical-revision: r",
+                "w.shop c/r a:v2",
+            ),
+        ] {
+            assert_eq!(named(labels), expected);
+        }
     }
 
     #[test]

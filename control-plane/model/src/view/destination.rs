@@ -36,6 +36,7 @@ impl Model {
             identity: pod.mesh_identity(),
             service,
             ports: self.workload_ports(pod, &backed),
+            names: Some(pod.names.clone()),
         }
     }
 

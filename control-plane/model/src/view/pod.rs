@@ -36,7 +36,7 @@ impl Model {
             namespace: pod.key.namespace.clone(),
             name: pod.key.name.clone(),
             identity: pod.identity.clone(),
-            workload: pod.workload.clone(),
+            names: pod.names.clone(),
             zone: self.pods.zone(pod),
             ports,
             probe_ports: pod.probe_ports.clone(),

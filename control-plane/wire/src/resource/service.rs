@@ -1,8 +1,11 @@
 //! Services and their endpoints.
 
+use std::{collections::BTreeSet, sync::Arc};
+
 use turnpike_rules::{
     route::RouteTable,
     service::{Endpoint, EndpointShard, EndpointState, Service, ServicePort},
+    workload::Names,
 };
 
 use super::{
@@ -10,7 +13,7 @@ use super::{
         FieldError, Read, each, identity, ip, ip_bytes, key, mapping, messages, optional, port,
         protocol, protocol_number, required, strings, text, within,
     },
-    route, traffic, understood,
+    route, traffic, understood, workload,
 };
 use crate::{mesh as pb, names};
 
@@ -82,7 +85,12 @@ fn service_port(message: pb::ServicePort) -> Read<ServicePort> {
 }
 
 pub(super) fn shard(name: &str, message: pb::Endpoints) -> Read<EndpointShard> {
-    let pb::Endpoints { ports, endpoints } = message;
+    let pb::Endpoints {
+        ports,
+        endpoints,
+        names,
+    } = message;
+    let names: Vec<Arc<Names>> = names.into_iter().map(workload::names).collect();
     if names::parse_shard(name).is_none() {
         return Err(FieldError::new(
             "",
@@ -100,19 +108,27 @@ pub(super) fn shard(name: &str, message: pb::Endpoints) -> Read<EndpointShard> {
     Ok(EndpointShard {
         name: name.into(),
         ports: each("ports", ports, mapping)?,
-        endpoints: each("endpoints", endpoints, endpoint)?,
+        endpoints: each("endpoints", endpoints, |message| endpoint(message, &names))?,
     })
 }
 
-fn endpoint(message: pb::Endpoint) -> Read<Endpoint> {
+fn endpoint(message: pb::Endpoint, listed: &[Arc<Names>]) -> Read<Endpoint> {
     let pb::Endpoint {
         uid,
         address,
         identity: peer,
         zone,
         terminating,
+        names,
     } = message;
+    let names = match usize::try_from(names).ok().and_then(|n| n.checked_sub(1)) {
+        None => None,
+        Some(index) => Some(listed.get(index).cloned().ok_or_else(|| {
+            FieldError::new("names", format!("{names} of {} are listed", listed.len()))
+        })?),
+    };
     Ok(Endpoint {
+        names,
         uid: text("uid", uid)?,
         address: within("address", ip(address))?,
         identity: optional("identity", peer, identity)?,
@@ -166,28 +182,40 @@ impl From<&ServicePort> for pb::ServicePort {
 
 impl From<&EndpointShard> for pb::Endpoints {
     fn from(shard: &EndpointShard) -> Self {
+        // Sorted, so that the same endpoints have the same bytes.
+        let listed: BTreeSet<&Arc<Names>> = shard
+            .endpoints
+            .iter()
+            .filter_map(|endpoint| endpoint.names.as_ref())
+            .collect();
+        let listed: Vec<&Arc<Names>> = listed.into_iter().collect();
+        let endpoint = |endpoint| endpoint_message(endpoint, &listed);
         Self {
             ports: messages(&shard.ports),
-            endpoints: messages(&shard.endpoints),
+            endpoints: shard.endpoints.iter().map(endpoint).collect(),
+            names: listed.iter().map(|names| (&***names).into()).collect(),
         }
     }
 }
 
-impl From<&Endpoint> for pb::Endpoint {
-    fn from(endpoint: &Endpoint) -> Self {
-        let Endpoint {
-            uid,
-            address,
-            identity,
-            zone,
-            state,
-        } = endpoint;
-        Self {
-            uid: uid.to_string(),
-            address: ip_bytes(*address),
-            identity: identity.as_ref().map(Into::into),
-            zone: zone.to_string(),
-            terminating: *state == EndpointState::Terminating,
-        }
+fn endpoint_message(endpoint: &Endpoint, listed: &[&Arc<Names>]) -> pb::Endpoint {
+    let Endpoint {
+        uid,
+        address,
+        identity,
+        zone,
+        state,
+        names,
+    } = endpoint;
+    let index = names
+        .as_ref()
+        .and_then(|own| listed.binary_search(&own).ok());
+    pb::Endpoint {
+        uid: uid.to_string(),
+        address: ip_bytes(*address),
+        identity: identity.as_ref().map(Into::into),
+        zone: zone.to_string(),
+        terminating: *state == EndpointState::Terminating,
+        names: index.map_or(0, |index| u32::try_from(index + 1).unwrap_or(0)),
     }
 }

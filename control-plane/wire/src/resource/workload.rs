@@ -1,7 +1,9 @@
 //! What is at an address, and what a sidecar knows of its own pod.
 
+use std::sync::Arc;
+
 use turnpike_rules::workload::{
-    BackedService, Destination, MtlsMode, SelfConfig, Telemetry, Workload,
+    BackedService, Destination, MtlsMode, Names, SelfConfig, Telemetry, Workload,
 };
 
 use super::{
@@ -46,8 +48,10 @@ fn workload(message: pb::Workload) -> Read<Workload> {
         identity: peer,
         service,
         ports,
+        names,
     } = message;
     Ok(Workload {
+        names: names.map(self::names),
         uid: text("uid", uid)?,
         namespace: text("namespace", namespace)?,
         name: text("name", name)?,
@@ -56,6 +60,46 @@ fn workload(message: pb::Workload) -> Read<Workload> {
         service: optional("service", service, key)?,
         ports: each("ports", ports, workload_port)?,
     })
+}
+
+pub(super) fn names(message: pb::Names) -> Arc<Names> {
+    let pb::Names {
+        workload,
+        namespace,
+        service,
+        revision,
+        app,
+        version,
+    } = message;
+    Arc::new(Names {
+        workload: workload.into(),
+        namespace: namespace.into(),
+        service: service.into(),
+        revision: revision.into(),
+        app: app.into(),
+        version: version.into(),
+    })
+}
+
+impl From<&Names> for pb::Names {
+    fn from(names: &Names) -> Self {
+        let Names {
+            workload,
+            namespace,
+            service,
+            revision,
+            app,
+            version,
+        } = names;
+        Self {
+            workload: workload.to_string(),
+            namespace: namespace.to_string(),
+            service: service.to_string(),
+            revision: revision.to_string(),
+            app: app.to_string(),
+            version: version.to_string(),
+        }
+    }
 }
 
 pub(super) fn self_config(asked: &str, message: pb::Self_) -> Read<SelfConfig> {
@@ -75,8 +119,14 @@ pub(super) fn self_config(asked: &str, message: pb::Self_) -> Read<SelfConfig> {
         telemetry,
         mesh_prefixes,
         must_understand,
+        names,
     } = message;
     understood(&must_understand)?;
+    // An older control plane says the workload alone.
+    let names = match names {
+        Some(names) => self::names(names),
+        None => Arc::new(Names::unlabelled(workload, namespace.as_str())),
+    };
     if uid != asked {
         return Err(FieldError::new(
             "uid",
@@ -88,7 +138,7 @@ pub(super) fn self_config(asked: &str, message: pb::Self_) -> Read<SelfConfig> {
         namespace: text("namespace", namespace)?,
         name: text("name", name)?,
         identity: required("identity", own, identity)?,
-        workload: workload.into(),
+        names,
         zone: zone.into(),
         ports: each("ports", own_ports, workload_port)?,
         probe_ports: ports("probe_ports", probe_ports)?,
@@ -170,6 +220,7 @@ impl From<&Workload> for pb::Workload {
             identity,
             service,
             ports,
+            names,
         } = workload;
         Self {
             uid: uid.to_string(),
@@ -179,6 +230,7 @@ impl From<&Workload> for pb::Workload {
             identity: identity.as_ref().map(Into::into),
             service: service.as_ref().map(Into::into),
             ports: messages(ports),
+            names: names.as_deref().map(Into::into),
         }
     }
 }
@@ -190,7 +242,7 @@ impl From<&SelfConfig> for pb::Self_ {
             namespace,
             name,
             identity,
-            workload,
+            names,
             zone,
             ports,
             probe_ports,
@@ -206,7 +258,8 @@ impl From<&SelfConfig> for pb::Self_ {
             namespace: namespace.to_string(),
             name: name.to_string(),
             identity: Some(identity.into()),
-            workload: workload.to_string(),
+            workload: names.workload.to_string(),
+            names: Some((&**names).into()),
             zone: zone.to_string(),
             ports: messages(ports),
             probe_ports: port_numbers(probe_ports),

@@ -13,7 +13,7 @@ use turnpike_rules::{
 };
 use turnpike_wire::names::{ServerName, parse_sni};
 
-use super::{Caller, reset};
+use super::{Caller, origin::Origin, reset};
 use crate::{
     capture::is_loop,
     io::{Flight, Rewind, first_flight, prepare, speaks},
@@ -62,6 +62,7 @@ pub(super) async fn open(
         downstream,
         original,
         identity: None,
+        origin: Origin::default(),
         service: None,
         sni: None,
         permit: Cell::new(Some(permit)),
@@ -253,6 +254,7 @@ impl Caller {
         let inside = Inside::from_alpn(session.alpn_protocol());
         match (identity, inside) {
             (Some(Ok(identity)), Some(inside)) => {
+                self.origin = Origin::ask(&self.worker, self.downstream.ip(), &identity);
                 self.identity = Some(identity);
                 match inside {
                     Inside::Http1 => self.serve_http(stream, false).await,

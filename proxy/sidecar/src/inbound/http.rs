@@ -117,7 +117,8 @@ impl Requests {
     fn series(&self, grpc: bool) -> Arc<dyn HttpSeries> {
         let observer = &self.caller.worker.shared.observer;
         let cell = &self.series[usize::from(grpc)];
-        cell.get_or_init(|| observer.http(&self.caller.labels(grpc)))
+        let origin = &self.caller.origin;
+        cell.get_or_init(|| origin.http(observer, self.caller.labels(grpc)))
             .clone()
     }
 

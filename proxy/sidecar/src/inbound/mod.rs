@@ -3,6 +3,7 @@
 
 mod door;
 mod http;
+mod origin;
 
 use std::{
     cell::{Cell, RefCell},
@@ -23,6 +24,7 @@ use turnpike_rules::{
     workload::{MtlsMode, SelfConfig},
 };
 
+use self::origin::Origin;
 use crate::{
     circuit::Circuit,
     endpoint::Endpoint,
@@ -92,7 +94,8 @@ impl Inbound {
             return known.clone();
         }
         let uid = self.current.borrow().uid.clone();
-        let app = Endpoint::new(uid, address, None, None, Arc::default(), worker.now());
+        let (health, now) = (Arc::default(), worker.now());
+        let app = Endpoint::new(uid, address, None, None, None, health, now);
         if apps.len() < APPS {
             apps.insert(address, app.clone());
         }
@@ -124,6 +127,7 @@ pub(crate) struct Caller {
     original: SocketAddr,
     /// Verified by mutual TLS.
     identity: Option<Identity>,
+    origin: Origin,
     /// The Service that was called, by the mesh's server name.
     service: Option<ServiceKey>,
     sni: Option<String>,
@@ -176,11 +180,17 @@ impl Caller {
         });
     }
 
+    /// Without the caller's names, which [`Origin`] adds.
     fn labels(&self, grpc: bool) -> Labels {
+        let backed = || match self.worker.inbound.config().backs.as_slice() {
+            [one] => Some(one.key.clone()),
+            _ => None,
+        };
         Labels {
             direction: Direction::Inbound,
             peer: self.identity.clone(),
-            service: self.service.clone(),
+            names: None,
+            service: self.service.clone().or_else(backed),
             passthrough: false,
             grpc,
             mutual_tls: self.identity.is_some(),
@@ -236,7 +246,9 @@ impl Caller {
         }
         let carried = Carried {
             connection: caller.connection(),
-            series: worker.shared.observer.tcp(&caller.labels(false)),
+            series: caller
+                .origin
+                .tcp(&worker.shared.observer, caller.labels(false)),
             idle: worker.inbound.policy.timeouts.idle,
             upstream: caller.original,
             service: caller.service.clone(),

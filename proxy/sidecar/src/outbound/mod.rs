@@ -212,6 +212,7 @@ impl Client {
         let labels = Labels {
             direction: Direction::Outbound,
             peer: None,
+            names: None,
             service: None,
             passthrough: true,
             grpc: false,

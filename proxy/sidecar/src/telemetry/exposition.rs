@@ -11,7 +11,7 @@ use prometheus_client::{
 
 use super::{
     labels::Pair,
-    metrics::{BOUNDS, Metrics, TcpCell},
+    metrics::{BOUNDS, HistogramSnapshot, HttpSnapshot, Metrics, TcpCell},
 };
 
 /// The state of the control side at the moment of a scrape.
@@ -103,18 +103,34 @@ impl Scrape {
             "Requests handled by the proxy",
             &counts,
         )?;
-        let mut family = encoder.encode_descriptor(
-            "istio_request_duration_milliseconds",
-            "Duration of requests",
-            None,
-            MetricType::Histogram,
-        )?;
-        for (labels, cell) in &series {
-            let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);
-            let buckets: Vec<_> = bounds.zip(cell.buckets.iter().copied()).collect();
-            family
-                .encode_family(labels)?
-                .encode_histogram::<[(&str, &str); 0]>(cell.sum_ms, cell.count, &buckets, None)?;
+        type Of = fn(&HttpSnapshot) -> &HistogramSnapshot;
+        let families: [(&str, &str, Of); 3] = [
+            (
+                "istio_request_duration_milliseconds",
+                "Duration of requests",
+                |cell| &cell.duration,
+            ),
+            ("istio_request_bytes", "Size of request bodies", |cell| {
+                &cell.request_bytes
+            }),
+            ("istio_response_bytes", "Size of response bodies", |cell| {
+                &cell.response_bytes
+            }),
+        ];
+        for (name, help, of) in families {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for (labels, cell) in &series {
+                let HistogramSnapshot {
+                    count,
+                    sum,
+                    buckets,
+                } = of(cell);
+                let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);
+                let buckets: Vec<_> = bounds.zip(buckets.iter().copied()).collect();
+                family
+                    .encode_family(labels)?
+                    .encode_histogram::<[(&str, &str); 0]>(*sum, *count, &buckets, None)?;
+            }
         }
         Ok(())
     }
@@ -203,7 +219,7 @@ fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64
 mod tests {
     use std::time::Duration;
 
-    use turnpike_rules::{Identity, ServiceKey};
+    use turnpike_rules::{Identity, ServiceKey, workload::Names};
 
     use super::*;
     use crate::{
@@ -213,8 +229,7 @@ mod tests {
 
     fn metrics() -> Arc<Metrics> {
         Metrics::new(Own {
-            workload: "web".into(),
-            namespace: "shop".into(),
+            names: Names::unlabelled("web", "shop").into(),
             principal: "spiffe://cluster.local/ns/shop/sa/web".into(),
             cluster: "cluster".into(),
         })
@@ -224,6 +239,7 @@ mod tests {
         Labels {
             direction,
             peer: Some(Identity::new("cluster.local", "bank", peer).unwrap()),
+            names: Some(Names::unlabelled(peer, "bank").into()),
             service: Some(ServiceKey::new("cluster", "bank", "pay")),
             passthrough: false,
             grpc: false,
@@ -237,8 +253,8 @@ mod tests {
             grpc_status: None,
             flags: Flags::NONE,
             duration: Duration::from_millis(ms),
-            request_bytes: 0,
-            response_bytes: 0,
+            request_bytes: 40,
+            response_bytes: 300,
         }
     }
 
@@ -323,6 +339,26 @@ mod tests {
         assert_eq!(of("bucket", r#"le="5.0""#), "1");
         assert_eq!(of("bucket", r#"le="1000.0""#), "2");
         assert_eq!(of("bucket", r#"le="+Inf""#), "2");
+        for (name, sum, le, below) in [
+            ("istio_request_bytes", "80.0", "le=\"50.0\"", "le=\"25.0\""),
+            (
+                "istio_response_bytes",
+                "600.0",
+                "le=\"500.0\"",
+                "le=\"250.0\"",
+            ),
+        ] {
+            let of = |suffix: &str, le: &str| {
+                let labels = [source, r#"response_code="200""#, le];
+                let line = line(&text, &format!("{name}_{suffix}"), &labels);
+                line.rsplit_once(' ').unwrap().1.to_owned()
+            };
+            assert_eq!((of("count", ""), of("sum", "")), ("2".into(), sum.into()));
+            assert_eq!(
+                (of("bucket", le), of("bucket", below)),
+                ("2".into(), "0".into())
+            );
+        }
     }
 
     #[test]

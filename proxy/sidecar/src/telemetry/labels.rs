@@ -1,9 +1,12 @@
 //! Istio's labels, so that its dashboards and Kiali read these metrics.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use http::StatusCode;
-use turnpike_rules::{Identity, ServiceKey, workload::SelfConfig};
+use turnpike_rules::{
+    Identity, ServiceKey,
+    workload::{Names, SelfConfig},
+};
 
 use crate::observe::{Direction, Flags, Labels};
 
@@ -13,22 +16,19 @@ const OTHER: &str = "other";
 /// This side of every connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Own {
-    pub workload: String,
-    pub namespace: String,
+    pub names: Arc<Names>,
     pub principal: String,
     pub cluster: String,
 }
 
 impl Own {
     pub fn new(config: &SelfConfig, cluster: &str) -> Self {
-        let workload = if config.workload.is_empty() {
-            &config.name
-        } else {
-            &config.workload
-        };
+        let mut names = config.names.clone();
+        if names.workload.is_empty() {
+            Arc::make_mut(&mut names).workload = config.name.clone();
+        }
         Self {
-            workload: workload.to_string(),
-            namespace: config.namespace.to_string(),
+            names,
             principal: config.identity.to_string(),
             cluster: cluster.to_owned(),
         }
@@ -114,41 +114,37 @@ pub(super) fn pairs(own: &Own, labels: &Labels, kind: Kind, flags: Flags) -> Vec
     let Labels {
         direction,
         peer,
+        names,
         service,
         passthrough,
         grpc,
         mutual_tls,
     } = labels;
-    let own = Side {
-        workload: own.workload.clone(),
-        namespace: own.namespace.clone(),
-        principal: own.principal.clone(),
-        cluster: own.cluster.clone(),
-    };
-    let called = Called::new(service.as_ref(), *passthrough, *direction, &own);
-    let peer = Side::peer(peer.as_ref(), service.as_ref(), *direction);
+    let called = Called::new(service.as_ref(), *passthrough, *direction, own);
+    let peer = Side::peer(own, peer.as_ref(), names.as_deref(), service.as_ref());
+    let own = Side::own(own);
     let (source, destination, reporter) = match direction {
         Direction::Outbound => (own, peer, "source"),
         Direction::Inbound => (peer, own, "destination"),
     };
     let mut pairs = vec![("reporter", reporter.to_owned())];
     pairs.extend([
-        ("source_workload", source.workload.clone()),
-        ("source_canonical_service", source.workload.clone()),
-        ("source_canonical_revision", "latest".to_owned()),
+        ("source_workload", source.workload),
+        ("source_canonical_service", source.service),
+        ("source_canonical_revision", source.revision),
         ("source_workload_namespace", source.namespace),
         ("source_principal", source.principal),
-        ("source_app", source.workload),
-        ("source_version", UNKNOWN.to_owned()),
+        ("source_app", source.app),
+        ("source_version", source.version),
         ("source_cluster", source.cluster),
-        ("destination_workload", destination.workload.clone()),
+        ("destination_workload", destination.workload),
         ("destination_workload_namespace", destination.namespace),
         ("destination_principal", destination.principal),
-        ("destination_app", destination.workload.clone()),
-        ("destination_version", UNKNOWN.to_owned()),
+        ("destination_app", destination.app),
+        ("destination_version", destination.version),
         ("destination_service", called.host),
-        ("destination_canonical_service", destination.workload),
-        ("destination_canonical_revision", "latest".to_owned()),
+        ("destination_canonical_service", destination.service),
+        ("destination_canonical_revision", destination.revision),
         ("destination_service_name", called.name),
         ("destination_service_namespace", called.namespace),
         ("destination_cluster", destination.cluster),
@@ -186,33 +182,64 @@ pub(super) fn overflow(reporter: Direction) -> Vec<Pair> {
 struct Side {
     workload: String,
     namespace: String,
+    service: String,
+    revision: String,
+    app: String,
+    version: String,
     principal: String,
     cluster: String,
 }
 
 impl Side {
-    /// The other side, by its certificate. What a certificate does not say stays unknown, but for
-    /// a callee, whose Service stands for its workload.
-    fn peer(
-        identity: Option<&Identity>,
-        service: Option<&ServiceKey>,
-        direction: Direction,
-    ) -> Self {
-        let service = service.filter(|_| direction == Direction::Outbound);
-        let unknown = || UNKNOWN.to_owned();
-        let namespace = identity
-            .map(Identity::namespace)
-            .or(service.map(|service| &*service.namespace))
-            .map_or_else(unknown, str::to_owned);
+    fn own(own: &Own) -> Self {
         Self {
-            workload: match (service, identity) {
-                (Some(service), _) => service.name.to_string(),
-                (None, Some(identity)) => identity.service_account().to_owned(),
-                (None, None) => unknown(),
-            },
-            namespace,
-            principal: identity.map_or_else(unknown, ToString::to_string),
-            cluster: service.map_or_else(unknown, |service| service.cluster.to_string()),
+            principal: own.principal.clone(),
+            cluster: own.cluster.clone(),
+            ..Self::named(&own.names)
+        }
+    }
+
+    /// The other side. Of a workload that nobody knows, its certificate and the Service that was
+    /// called say the namespace.
+    fn peer(
+        own: &Own,
+        identity: Option<&Identity>,
+        names: Option<&Names>,
+        service: Option<&ServiceKey>,
+    ) -> Self {
+        let unknown = || UNKNOWN.to_owned();
+        let principal = identity.map_or_else(unknown, ToString::to_string);
+        if let Some(names) = names {
+            return Self {
+                principal,
+                cluster: own.cluster.clone(),
+                ..Self::named(names)
+            };
+        }
+        let namespace = identity.map(Identity::namespace);
+        let namespace = namespace.or(service.map(|service| &*service.namespace));
+        Self {
+            namespace: namespace.map_or_else(unknown, str::to_owned),
+            principal,
+            ..Self::named(&Names::default())
+        }
+    }
+
+    fn named(names: &Names) -> Self {
+        let or = |text: &str, default: &str| {
+            let text = if text.is_empty() { default } else { text };
+            text.to_owned()
+        };
+        let known = !names.workload.is_empty();
+        Self {
+            workload: or(&names.workload, UNKNOWN),
+            namespace: or(&names.namespace, UNKNOWN),
+            service: or(&names.service, or(&names.workload, UNKNOWN).as_str()),
+            revision: or(&names.revision, if known { "latest" } else { UNKNOWN }),
+            app: or(&names.app, UNKNOWN),
+            version: or(&names.version, UNKNOWN),
+            principal: UNKNOWN.to_owned(),
+            cluster: UNKNOWN.to_owned(),
         }
     }
 }
@@ -229,7 +256,7 @@ impl Called {
         service: Option<&ServiceKey>,
         passthrough: bool,
         direction: Direction,
-        own: &Side,
+        own: &Own,
     ) -> Self {
         match service {
             Some(ServiceKey {
@@ -248,10 +275,109 @@ impl Called {
                 host: UNKNOWN.to_owned(),
                 name: UNKNOWN.to_owned(),
                 namespace: match direction {
-                    Direction::Inbound => own.namespace.clone(),
+                    Direction::Inbound => own.names.namespace.to_string(),
                     Direction::Outbound => UNKNOWN.to_owned(),
                 },
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn own(workload: &str, app: &str, version: &str, account: &str) -> Own {
+        let names = Names {
+            workload: workload.into(),
+            namespace: "shop".into(),
+            service: app.into(),
+            revision: version.into(),
+            app: app.into(),
+            version: version.into(),
+        };
+        let identity = Identity::new("cluster.local", "shop", account).unwrap();
+        Own {
+            names: names.into(),
+            principal: identity.to_string(),
+            cluster: "cluster".into(),
+        }
+    }
+
+    fn told(
+        own: &Own,
+        peer: &Own,
+        account: &str,
+        direction: Direction,
+    ) -> BTreeMap<&'static str, String> {
+        let labels = Labels {
+            direction,
+            peer: Some(Identity::new("cluster.local", "shop", account).unwrap()),
+            names: Some(peer.names.clone()),
+            service: Some(ServiceKey::new("cluster", "shop", "web")),
+            passthrough: false,
+            grpc: false,
+            mutual_tls: true,
+        };
+        let pairs = pairs(own, &labels, Kind::Tcp, Flags::NONE);
+        pairs.into_iter().collect()
+    }
+
+    /// A canary: neither the Service nor the service account is named as the Deployment is.
+    #[test]
+    fn both_ends_of_a_hop_agree_on_everything_but_who_reports() {
+        let caller = own("front-v1", "front", "v1", "front-account");
+        let callee = own("web-canary", "web-app", "v2", "web-account");
+        let mut source = told(&caller, &callee, "web-account", Direction::Outbound);
+        let mut destination = told(&callee, &caller, "front-account", Direction::Inbound);
+        for (label, expected) in [
+            ("source_workload", "front-v1"),
+            ("source_canonical_service", "front"),
+            ("source_version", "v1"),
+            ("destination_workload", "web-canary"),
+            ("destination_app", "web-app"),
+            ("destination_version", "v2"),
+            ("destination_canonical_service", "web-app"),
+            ("destination_canonical_revision", "v2"),
+            ("destination_service_name", "web"),
+            (
+                "destination_principal",
+                "spiffe://cluster.local/ns/shop/sa/web-account",
+            ),
+        ] {
+            assert_eq!(source[label], expected, "{label}");
+        }
+        assert_eq!(source.remove("reporter").as_deref(), Some("source"));
+        assert_eq!(
+            destination.remove("reporter").as_deref(),
+            Some("destination")
+        );
+        assert_eq!(source, destination);
+    }
+
+    #[test]
+    fn a_workload_that_nobody_knows_is_not_guessed() {
+        let callee = own("web-canary", "web-app", "v2", "web-account");
+        let labels = Labels {
+            direction: Direction::Inbound,
+            peer: Some(Identity::new("cluster.local", "bank", "teller").unwrap()),
+            names: None,
+            service: None,
+            passthrough: false,
+            grpc: false,
+            mutual_tls: true,
+        };
+        let pairs: BTreeMap<_, _> = pairs(&callee, &labels, Kind::Tcp, Flags::NONE)
+            .into_iter()
+            .collect();
+        assert_eq!(pairs["source_workload"], "unknown");
+        assert_eq!(pairs["source_canonical_revision"], "unknown");
+        assert_eq!(pairs["source_workload_namespace"], "bank");
+        assert_eq!(
+            pairs["source_principal"],
+            "spiffe://cluster.local/ns/bank/sa/teller"
+        );
     }
 }

@@ -9,7 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use arc_swap::ArcSwap;
@@ -24,7 +24,7 @@ use crate::observe::{Direction, Flags, HttpOutcome, HttpSeries, Labels, RefusalR
 /// Series of each kind. Past it all others are counted in one, with the label `overflow`.
 pub(super) const MAX_SERIES: usize = 2000;
 
-/// Istio's buckets, in milliseconds; the last bucket is everything above.
+/// Istio's buckets, of milliseconds and of bytes; the last bucket is everything above.
 pub(super) const BOUNDS: [f64; 19] = [
     0.5,
     1.0,
@@ -51,7 +51,7 @@ pub(super) const BOUNDS: [f64; 19] = [
 pub(crate) struct Metrics {
     own: Own,
     pub(super) started: SystemTime,
-    http: Mutex<Family<HttpKey, Histogram>>,
+    http: Mutex<Family<HttpKey, HttpCell>>,
     tcp: Mutex<Family<TcpKey, TcpCell>>,
     refused: Mutex<HashMap<(Direction, RefusalReason), u64>>,
     pub(super) services: Services,
@@ -79,11 +79,28 @@ struct Family<K, C> {
     overflow: HashMap<Direction, Arc<C>>,
 }
 
-/// Requests by duration; their number is the sum of all buckets.
+/// Requests; their number is the sum of all buckets of any of these.
 #[derive(Debug, Default)]
-pub(super) struct Histogram {
+struct HttpCell {
+    duration: Histogram,
+    request_bytes: Histogram,
+    response_bytes: Histogram,
+}
+
+#[derive(Debug, Default)]
+struct Histogram {
     buckets: [AtomicU64; BOUNDS.len() + 1],
-    sum_us: AtomicU64,
+    /// In thousandths, so that milliseconds keep their fractions.
+    sum: AtomicU64,
+}
+
+/// An [`HttpCell`] as it was at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct HttpSnapshot {
+    pub(super) count: u64,
+    pub(super) duration: HistogramSnapshot,
+    pub(super) request_bytes: HistogramSnapshot,
+    pub(super) response_bytes: HistogramSnapshot,
 }
 
 #[derive(Debug, Default)]
@@ -98,7 +115,7 @@ pub(super) struct TcpCell {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct HistogramSnapshot {
     pub(super) count: u64,
-    pub(super) sum_ms: f64,
+    pub(super) sum: f64,
     /// Not cumulative; one more than the bounds.
     pub(super) buckets: Vec<u64>,
 }
@@ -145,7 +162,7 @@ impl Metrics {
     }
 
     /// Each HTTP series with Istio's labels.
-    pub(super) fn http_series(&self) -> Vec<(Vec<Pair>, HistogramSnapshot)> {
+    pub(super) fn http_series(&self) -> Vec<(Vec<Pair>, HttpSnapshot)> {
         let family = self.http.lock();
         let series = family.series.iter().map(|(key, cell)| {
             let HttpKey {
@@ -224,18 +241,42 @@ impl<K: std::hash::Hash + Eq, C: Default> Family<K, C> {
     }
 }
 
-impl Histogram {
-    fn observe(&self, duration: Duration) {
-        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        let ms = duration.as_secs_f64() * 1000.0;
-        let bucket = BOUNDS
-            .iter()
-            .position(|bound| ms <= *bound)
-            .unwrap_or(BOUNDS.len());
-        self.buckets[bucket].fetch_add(1, Relaxed);
-        self.sum_us.fetch_add(us, Relaxed);
+impl HttpCell {
+    fn observe(&self, outcome: &HttpOutcome) {
+        let micros = u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX);
+        self.duration.observe(micros);
+        for (histogram, bytes) in [
+            (&self.request_bytes, outcome.request_bytes),
+            (&self.response_bytes, outcome.response_bytes),
+        ] {
+            histogram.observe(bytes.saturating_mul(1000));
+        }
     }
 
+    fn snapshot(&self) -> HttpSnapshot {
+        let duration = self.duration.snapshot();
+        HttpSnapshot {
+            count: duration.count,
+            duration,
+            request_bytes: self.request_bytes.snapshot(),
+            response_bytes: self.response_bytes.snapshot(),
+        }
+    }
+}
+
+impl Histogram {
+    #[allow(clippy::cast_precision_loss, reason = "a bucket is far wider")]
+    fn observe(&self, thousandths: u64) {
+        let value = thousandths as f64 / 1000.0;
+        let bucket = BOUNDS
+            .iter()
+            .position(|bound| value <= *bound)
+            .unwrap_or(BOUNDS.len());
+        self.buckets[bucket].fetch_add(1, Relaxed);
+        self.sum.fetch_add(thousandths, Relaxed);
+    }
+
+    #[allow(clippy::cast_precision_loss, reason = "shown as a float anyhow")]
     fn snapshot(&self) -> HistogramSnapshot {
         let buckets: Vec<u64> = self
             .buckets
@@ -244,7 +285,7 @@ impl Histogram {
             .collect();
         HistogramSnapshot {
             count: buckets.iter().sum(),
-            sum_ms: Duration::from_micros(self.sum_us.load(Relaxed)).as_secs_f64() * 1000.0,
+            sum: self.sum.load(Relaxed) as f64 / 1000.0,
             buckets,
         }
     }
@@ -258,7 +299,7 @@ struct HttpHandle {
     metrics: Arc<Metrics>,
     labels: Labels,
     /// The endings met so far: few, so a walk over them beats a hash.
-    recent: ArcSwap<Vec<(Ending, Arc<Histogram>)>>,
+    recent: ArcSwap<Vec<(Ending, Arc<HttpCell>)>>,
 }
 
 impl HttpHandle {
@@ -266,7 +307,7 @@ impl HttpHandle {
     const RECENT: usize = 16;
 
     #[cold]
-    fn meet(&self, ending: Ending) -> Arc<Histogram> {
+    fn meet(&self, ending: Ending) -> Arc<HttpCell> {
         let (status, grpc_status, flags) = ending;
         let key = HttpKey {
             labels: self.labels.clone(),
@@ -291,8 +332,8 @@ impl HttpSeries for HttpHandle {
         let ending = (outcome.status, outcome.grpc_status, outcome.flags);
         let recent = self.recent.load();
         match recent.iter().find(|(met, _)| *met == ending) {
-            Some((_, cell)) => cell.observe(outcome.duration),
-            None => self.meet(ending).observe(outcome.duration),
+            Some((_, cell)) => cell.observe(outcome),
+            None => self.meet(ending).observe(outcome),
         }
     }
 }

@@ -28,7 +28,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::{
     Telemetry,
     labels::Pair,
-    metrics::{BOUNDS, Metrics, TcpCell},
+    metrics::{BOUNDS, HistogramSnapshot, HttpSnapshot, Metrics, TcpCell},
 };
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -179,23 +179,14 @@ fn collect(metrics: &Metrics) -> Vec<Metric> {
         .iter()
         .map(|(labels, cell)| times.number(labels, cell.count))
         .collect();
-    let durations = http
-        .iter()
-        .map(|(labels, cell)| HistogramDataPoint {
-            attributes: attributes(labels),
-            start_time_unix_nano: times.start,
-            time_unix_nano: times.now,
-            count: cell.count,
-            sum: Some(cell.sum_ms),
-            bucket_counts: cell.buckets.clone(),
-            explicit_bounds: BOUNDS.to_vec(),
-            ..Default::default()
+    let histogram = |of: fn(&HttpSnapshot) -> &HistogramSnapshot| {
+        let points = http.iter();
+        let points = points.map(|(labels, cell)| times.histogram(labels, of(cell)));
+        metric::Data::Histogram(Histogram {
+            data_points: points.collect(),
+            aggregation_temporality: AggregationTemporality::Cumulative.into(),
         })
-        .collect();
-    let durations = metric::Data::Histogram(Histogram {
-        data_points: durations,
-        aggregation_temporality: AggregationTemporality::Cumulative.into(),
-    });
+    };
     let tcp = metrics.tcp_series();
     let connections = |value: fn(&TcpCell) -> u64| -> Vec<_> {
         tcp.iter()
@@ -204,7 +195,21 @@ fn collect(metrics: &Metrics) -> Vec<Metric> {
     };
     vec![
         sum("istio_requests_total", "{request}", requests),
-        named("istio_request_duration_milliseconds", "ms", durations),
+        named(
+            "istio_request_duration_milliseconds",
+            "ms",
+            histogram(|cell| &cell.duration),
+        ),
+        named(
+            "istio_request_bytes",
+            "By",
+            histogram(|cell| &cell.request_bytes),
+        ),
+        named(
+            "istio_response_bytes",
+            "By",
+            histogram(|cell| &cell.response_bytes),
+        ),
         sum(
             "istio_tcp_sent_bytes_total",
             "By",
@@ -234,6 +239,19 @@ struct Times {
 }
 
 impl Times {
+    fn histogram(&self, labels: &[Pair], snapshot: &HistogramSnapshot) -> HistogramDataPoint {
+        HistogramDataPoint {
+            attributes: attributes(labels),
+            start_time_unix_nano: self.start,
+            time_unix_nano: self.now,
+            count: snapshot.count,
+            sum: Some(snapshot.sum),
+            bucket_counts: snapshot.buckets.clone(),
+            explicit_bounds: BOUNDS.to_vec(),
+            ..Default::default()
+        }
+    }
+
     fn number(&self, labels: &[Pair], value: u64) -> NumberDataPoint {
         NumberDataPoint {
             attributes: attributes(labels),

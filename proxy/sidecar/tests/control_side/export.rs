@@ -18,12 +18,13 @@ use opentelemetry_proto::tonic::{
             trace_service_server::{TraceService, TraceServiceServer},
         },
     },
+    metrics::v1::metric::Data,
     trace::v1::{Span, span::SpanKind},
 };
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
-use turnpike_rules::workload::Telemetry as Settings;
+use turnpike_rules::workload::{Names, Telemetry as Settings};
 use turnpike_sidecar::{
     observe::{AccessRecord, Direction, Flags, HttpOutcome, HttpRecord, Labels, Observer},
     telemetry::{
@@ -99,7 +100,7 @@ fn proxy(workload: &str, collector: SocketAddr) -> (Arc<Telemetry>, OtlpConfig) 
         resource: vec![("service.name", workload.to_owned())],
     };
     let mut own = own();
-    own.workload = workload.into();
+    own.names = Names::unlabelled(workload, "shop").into();
     let log = AccessLog::start(std::io::sink()).unwrap();
     let provider = otlp::tracer_provider(&config).unwrap();
     let telemetry = Telemetry::new(Own::new(&own, "cluster"), log, Some(provider));
@@ -237,6 +238,7 @@ async fn metrics_are_pushed() {
     let series = telemetry.http(&Labels {
         direction: Direction::Outbound,
         peer: Some(web()),
+        names: None,
         service: Some(key("pay")),
         passthrough: false,
         grpc: false,
@@ -247,8 +249,8 @@ async fn metrics_are_pushed() {
         grpc_status: None,
         flags: Flags::NONE,
         duration: Duration::from_millis(7),
-        request_bytes: 0,
-        response_bytes: 0,
+        request_bytes: 41,
+        response_bytes: 317,
     });
     let pushing = tokio::spawn(otlp::push_metrics(config, telemetry));
     let mut metrics = collector.metrics.subscribe();
@@ -261,12 +263,30 @@ async fn metrics_are_pushed() {
         [
             "istio_requests_total",
             "istio_request_duration_milliseconds",
+            "istio_request_bytes",
+            "istio_response_bytes",
             "istio_tcp_sent_bytes_total",
             "istio_tcp_received_bytes_total",
             "istio_tcp_connections_opened_total",
             "istio_tcp_connections_closed_total",
         ]
     );
+    let sum = |name: &str| {
+        let metric = metrics.iter().find(|metric| metric.name == name).unwrap();
+        match metric.data.as_ref().unwrap() {
+            Data::Histogram(histogram) => {
+                histogram.data_points[0].sum.unwrap()
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let sums = [
+        "request_duration_milliseconds",
+        "request_bytes",
+        "response_bytes",
+    ];
+    let sums = sums.map(|name| sum(&format!("istio_{name}")));
+    assert_eq!(sums, [7.0, 41.0, 317.0]);
     let text = format!("{metrics:?}");
     assert!(
         text.contains("AsInt(1)") && text.contains("\"pay.shop.svc.cluster.local\""),

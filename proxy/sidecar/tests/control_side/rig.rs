@@ -10,7 +10,7 @@ use turnpike_rules::{
         Endpoint, EndpointShard, EndpointState, PortMapping, Protocol, Service, ServicePort,
     },
     traffic::TrafficPolicy,
-    workload::{Destination, MtlsMode, SelfConfig, Telemetry, Workload},
+    workload::{Destination, MtlsMode, Names, SelfConfig, Telemetry, Workload},
 };
 use turnpike_sidecar::control::{Control, ControlConfig};
 
@@ -36,7 +36,7 @@ pub(crate) fn own() -> SelfConfig {
         namespace: "shop".into(),
         name: "web-1".into(),
         identity: web(),
-        workload: "web".into(),
+        names: Names::unlabelled("web", "shop").into(),
         zone: "a".into(),
         ports: vec![],
         probe_ports: vec![],
@@ -58,6 +58,7 @@ pub(crate) fn workload(last: u8) -> Destination {
         identity: Some(web()),
         service: None,
         ports: vec![],
+        names: None,
     })
 }
 
@@ -90,6 +91,7 @@ pub(crate) fn shard(name: &str, shard: &str, lasts: &[u8]) -> EndpointShard {
         identity: Some(web()),
         zone: "a".into(),
         state: EndpointState::Serving,
+        names: None,
     };
     EndpointShard {
         name: format!("{}/{shard}", key(name)).into(),

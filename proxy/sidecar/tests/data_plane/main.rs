@@ -16,6 +16,7 @@ mod faults;
 mod http;
 mod identity;
 mod limits;
+mod names;
 mod policy;
 mod retries;
 mod reuse;

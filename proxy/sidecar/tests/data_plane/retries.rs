@@ -350,6 +350,7 @@ async fn a_pod_called_by_its_address_keeps_being_called() {
         identity: Some(crate::world::identity("web")),
         service: Some(crate::world::key()),
         ports: Vec::new(),
+        names: None,
     };
     let direct = Setup {
         outbound_to: inbound,

@@ -59,6 +59,7 @@ fn pod(uid: &str, address: SocketAddr, account: Option<&str>) -> Workload {
         identity: account.map(identity),
         service: None,
         ports: Vec::new(),
+        names: None,
     }
 }
 

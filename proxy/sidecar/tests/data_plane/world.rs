@@ -17,7 +17,7 @@ use turnpike_rules::{
     authz::Authorization,
     service::{Endpoint, EndpointState, PortMapping, Protocol, Service, ServicePort},
     traffic::TrafficPolicy,
-    workload::{BackedService, MtlsMode, SelfConfig, Telemetry, Workload, WorkloadPort},
+    workload::{BackedService, MtlsMode, Names, SelfConfig, Telemetry, Workload, WorkloadPort},
 };
 use turnpike_sidecar::{
     DataPlane,
@@ -70,13 +70,21 @@ impl Trust {
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     destinations: Mutex<HashMap<IpAddr, Lookup>>,
+    /// How long it takes to answer for an address.
+    pub(crate) delay: Mutex<Duration>,
     services: Mutex<HashMap<ServiceKey, watch::Sender<Arc<ServiceView>>>>,
 }
 
 impl Directory for Known {
     fn destination(&self, address: IpAddr) -> Answer<Lookup> {
         let lookup = self.destinations.lock().unwrap().get(&address).cloned();
-        Box::pin(async move { lookup.unwrap_or(Lookup::Unknown) })
+        let delay = *self.delay.lock().unwrap();
+        Box::pin(async move {
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            lookup.unwrap_or(Lookup::Unknown)
+        })
     }
 
     fn service(&self, key: &ServiceKey) -> Answer<Option<ServiceWatch>> {
@@ -154,6 +162,7 @@ pub(crate) fn endpoint(address: SocketAddr, account: Option<&str>) -> EndpointVi
             identity: account.map(identity),
             zone: "a".into(),
             state: EndpointState::Serving,
+            names: None,
         },
         ports: [PortMapping {
             service_port: 80,
@@ -170,7 +179,7 @@ pub(crate) fn own(account: &str, port: u16) -> SelfConfig {
         namespace: "shop".into(),
         name: account.into(),
         identity: identity(account),
-        workload: account.into(),
+        names: Names::unlabelled(account, "shop").into(),
         zone: "a".into(),
         ports: vec![WorkloadPort {
             port,

@@ -1,7 +1,7 @@
 //! What is known, what was asked, and what must be subscribed. Pure: no locks, no clock, no I/O.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
     time::Duration,
@@ -11,7 +11,7 @@ use tokio::{sync::watch, time::Instant};
 use turnpike_rules::{
     Identity, ServiceKey,
     service::{EndpointShard, Service},
-    workload::{Destination, SelfConfig},
+    workload::{Destination, Names as WorkloadNames, SelfConfig},
 };
 use turnpike_wire::{ads::Subscription, names, resource::Resource};
 
@@ -44,6 +44,8 @@ pub(super) struct Index {
     pub(super) addresses: HashMap<IpAddr, Address>,
     pub(super) services: HashMap<ServiceKey, ServiceEntry>,
     subscriptions: Subscriptions,
+    /// Each once: hundreds of endpoints are of one workload.
+    known_names: HashSet<Arc<WorkloadNames>>,
     pub(super) connected: bool,
     /// Something changed since the state was last written to disk.
     pub(super) unsaved: bool,
@@ -101,6 +103,7 @@ impl Index {
             addresses: HashMap::new(),
             services: HashMap::new(),
             subscriptions: Subscriptions::default(),
+            known_names: HashSet::new(),
             connected: false,
             unsaved: false,
             names,
@@ -181,10 +184,28 @@ impl Index {
                 Change::Own(None) => {
                     tracing::warn!("the controller no longer knows this pod; keeping what it said");
                 }
-                Change::Address(ip, lookup) => self.set_address(ip, lookup),
+                Change::Address(ip, mut lookup) => {
+                    if let Some(Lookup::Workload(workload)) = &mut lookup {
+                        self.intern(&mut Arc::make_mut(workload).names);
+                    }
+                    self.set_address(ip, lookup);
+                }
                 Change::Service(key, definition) => self.set_service(&key, definition),
-                Change::Shard(key, name, shard) => self.set_shard(&key, &name, shard),
+                Change::Shard(key, name, mut shard) => {
+                    for endpoint in shard.iter_mut().flat_map(|shard| &mut shard.endpoints) {
+                        self.intern(&mut endpoint.names);
+                    }
+                    self.set_shard(&key, &name, shard);
+                }
             }
+        }
+    }
+
+    fn intern(&mut self, names: &mut Option<Arc<WorkloadNames>>) {
+        let Some(own) = names else { return };
+        match self.known_names.get(own) {
+            Some(known) => *own = known.clone(),
+            None => drop(self.known_names.insert(own.clone())),
         }
     }
 
@@ -217,6 +238,8 @@ impl Index {
         if !self.connected {
             return;
         }
+        self.known_names
+            .retain(|names| Arc::strong_count(names) > 1);
         let idle = |used: Instant| now.saturating_duration_since(used) >= IDLE;
         let gone: Vec<_> = self
             .addresses

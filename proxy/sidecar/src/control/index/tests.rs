@@ -16,7 +16,7 @@ fn index() -> Index {
         namespace: "shop".into(),
         name: "web-1".into(),
         identity,
-        workload: "web".into(),
+        names: Arc::new(WorkloadNames::unlabelled("web", "shop")),
         zone: "a".into(),
         ports: vec![],
         probe_ports: vec![],
