@@ -169,7 +169,7 @@ impl Cluster {
         daemon::kill_recorded(&folder);
         vpc::down(name)?;
         cgroup::remove(name)?;
-        let cache = Cache::open()?;
+        let cache = Cache::locate()?;
         for folder in [folder, cache.disk(name)] {
             unmount_below(&folder);
             match fs::remove_dir_all(&folder) {

@@ -10,7 +10,8 @@
 //!    the chart to bring, and until then the nodes are not ready;
 //! 4. [`kubectl`] and [`chart`] are what a user has: kubectl and helm, run where the API server is
 //!    reached, since nothing of it is reached from the machine's own network;
-//! 5. dropping the cluster takes it down; what a killed run left, the next one removes.
+//! 5. [`tour`] shows the whole of it in four steps, for the demo;
+//! 6. dropping the cluster takes it down; what a killed run left, the next one removes.
 
 pub mod build;
 pub mod certificates;
@@ -21,6 +22,7 @@ pub mod control;
 pub mod images;
 pub mod kubectl;
 pub mod node;
+pub mod tour;
 pub mod workloads;
 
 pub use cluster::{Cluster, Options};

