@@ -166,6 +166,7 @@ impl Replay {
         if kept.generation != self.generation {
             return Poll::Ready(Some(Err("the request is being sent elsewhere".into())));
         }
+        ready!(kept.progress.poll_allowed());
         if let Some(chunk) = kept.chunks.get(self.next) {
             let chunk = chunk.clone();
             self.next += 1;
@@ -251,6 +252,7 @@ impl Body for RequestBody {
         match &mut *self {
             Self::Empty => Poll::Ready(None),
             Self::Stream { body, progress } => {
+                ready!(progress.poll_allowed());
                 let mut frame = ready!(Pin::new(body).poll_frame(cx));
                 if let Some(Ok(frame)) = &mut frame {
                     match frame.data_ref() {

@@ -16,12 +16,12 @@ use http::{
 };
 use http_body::Frame;
 use tokio::time::Sleep;
-use turnpike_rules::{Identity, ServiceKey, host::HostOrIp, route::Route, workload::SelfConfig};
+use turnpike_rules::{Identity, ServiceKey, route::Route};
 
 use super::{
     forward::InFlight,
     headers::Checked,
-    progress::{Progress, UnderWay},
+    progress::{Interrupted, Progress, UnderWay},
 };
 use crate::{
     error::ProxyError,
@@ -79,8 +79,6 @@ pub(crate) struct Exchange {
     pub(crate) service: Option<ServiceKey>,
     pub(crate) route: Option<Arc<Route>>,
     pub(crate) series: Option<Arc<dyn HttpSeries>>,
-    /// Inbound: under which configuration it was let in.
-    pub(crate) live: Option<Live>,
     span: Option<Box<dyn Span>>,
 }
 
@@ -119,7 +117,6 @@ impl Exchange {
             service: None,
             route: None,
             series: None,
-            live: None,
             span,
         })
     }
@@ -135,23 +132,6 @@ impl Exchange {
         if self.grpc {
             self.grpc_status = grpc_status(headers);
         }
-    }
-
-    /// Whether what is under way is still allowed; asked whenever it moves. Costs a comparison
-    /// while the configuration stays.
-    pub(crate) fn still_allowed(&mut self) -> bool {
-        let Some(live) = &mut self.live else {
-            return true;
-        };
-        let now = live.judge.config();
-        if Arc::ptr_eq(&now, &live.judged) {
-            return true;
-        }
-        let allowed = live
-            .judge
-            .allows(&now, &self.method, &self.uri, live.host.as_ref());
-        live.judged = now;
-        allowed
     }
 
     /// Bytes to the client outside of any body.
@@ -230,6 +210,9 @@ fn grpc_status(headers: &HeaderMap) -> Option<u32> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
 }
 
+/// Why what was allowed ends.
+pub(crate) const WITHDRAWN: &str = "authorization was withdrawn";
+
 /// How a response's body ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -241,25 +224,6 @@ pub(crate) enum End {
     Withdrawn,
     /// Nothing has moved for too long.
     Idle,
-}
-
-/// A request that was let in by a configuration, and who asks again under the next.
-pub(crate) struct Live {
-    pub(crate) judge: Rc<dyn Judge>,
-    pub(crate) judged: Arc<SelfConfig>,
-    pub(crate) host: Option<HostOrIp>,
-}
-
-/// Decides whether a request may go on.
-pub(crate) trait Judge {
-    fn config(&self) -> Arc<SelfConfig>;
-    fn allows(
-        &self,
-        config: &SelfConfig,
-        method: &Method,
-        uri: &Uri,
-        host: Option<&HostOrIp>,
-    ) -> bool;
 }
 
 /// All that a response's end lets go of.
@@ -302,18 +266,25 @@ impl Finish {
         cx: &mut Context<'_>,
         waiting: bool,
     ) -> Result<(), (End, &'static str)> {
-        if !self.exchange.still_allowed() {
-            return Err((End::Withdrawn, "authorization was withdrawn"));
+        let progress = &self.exchange.progress;
+        if !progress.still_allowed() {
+            return Err((End::Withdrawn, WITHDRAWN));
         }
         if let Some(deadline) = &mut self.deadline
             && deadline.as_mut().poll(cx) == Poll::Ready(())
         {
             return Err((End::Timeout, "the request's timeout passed"));
         }
-        if waiting && self.exchange.progress.poll_idle(cx).is_ready() {
-            return Err((End::Idle, "nothing moved for the idle timeout"));
+        if !waiting {
+            return Ok(());
         }
-        Ok(())
+        match self.exchange.progress.poll_interrupted(cx) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(Interrupted::Withdrawn) => Err((End::Withdrawn, WITHDRAWN)),
+            Poll::Ready(Interrupted::Idle) => {
+                Err((End::Idle, "nothing moved for the idle timeout"))
+            }
+        }
     }
 
     pub(crate) fn end(mut self, end: End) {

@@ -9,9 +9,9 @@ use turnpike_rules::{route::Route, traffic::TrafficPolicy};
 
 use super::{
     body::{RequestBody, ResponseBody, Source},
-    exchange::{Exchange, Finish},
+    exchange::{Exchange, Finish, WITHDRAWN},
     mirror::Copy,
-    progress::Progress,
+    progress::{Interrupted, Progress},
 };
 use crate::{
     circuit::Circuit,
@@ -167,7 +167,7 @@ pub(crate) async fn forward(
     let progress = exchange.progress.clone();
     let keep_for_copy = copy.is_some();
     let mut tries = Tries::new(worker, to, parts, body, exchange, upgrade, keep_for_copy);
-    let run = unless_idle(&progress, idle.unwrap_or_default(), tries.run(exchange));
+    let run = unless_interrupted(&progress, idle.unwrap_or_default(), tries.run(exchange));
     let tried = match (deadline, whole) {
         (Some(deadline), Some(after)) => match timeout_at(deadline, run).await {
             Ok(tried) => tried,
@@ -193,8 +193,8 @@ pub(crate) async fn forward(
     })
 }
 
-/// `run`, unless nothing moves for too long.
-async fn unless_idle<T>(
+/// `run`, unless nothing moves for too long, or may any more.
+async fn unless_interrupted<T>(
     progress: &Progress,
     after: Duration,
     run: impl Future<Output = Result<T, ProxyError>>,
@@ -202,10 +202,13 @@ async fn unless_idle<T>(
     let mut run = pin!(run);
     poll_fn(|cx| {
         let polled = run.as_mut().poll(cx);
-        if polled.is_pending() && progress.poll_idle(cx).is_ready() {
-            return Poll::Ready(Err(ProxyError::Timeout { what: IDLE, after }));
+        match progress.poll_interrupted(cx) {
+            Poll::Ready(why) if polled.is_pending() => Poll::Ready(Err(match why {
+                Interrupted::Idle => ProxyError::Timeout { what: IDLE, after },
+                Interrupted::Withdrawn => ProxyError::Unauthorized(WITHDRAWN.to_owned()),
+            })),
+            _ => polled,
         }
-        polled
     })
     .await
 }

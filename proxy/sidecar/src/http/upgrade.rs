@@ -11,6 +11,7 @@ use super::{
     exchange::{End, Exchange},
     forward::Answered,
     headers::strip_hop,
+    progress::Interrupted,
 };
 use crate::{drain::Stage, tcp, worker::Worker};
 
@@ -70,15 +71,15 @@ impl Asked {
             let end = loop {
                 tokio::select! {
                     () = &mut relayed => break End::Complete,
-                    () = poll_fn(|cx| progress.poll_idle(cx)) => break End::Idle,
+                    why = poll_fn(|cx| progress.poll_interrupted(cx)) => match why {
+                        Interrupted::Idle => break End::Idle,
+                        Interrupted::Withdrawn => break End::Withdrawn,
+                    },
                     () = cut.reached(Stage::Cut) => break End::Complete,
                     _ = look.tick() => {
                         progress.received.set(counts.received.get());
                         progress.sent.set(counts.sent.get());
                         progress.look(worker.shared.clock.now_ms());
-                        if !finish.exchange.still_allowed() {
-                            break End::Withdrawn;
-                        }
                     }
                 }
             };

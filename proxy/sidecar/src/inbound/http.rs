@@ -17,9 +17,10 @@ use crate::{
     http::{
         self as proxy, Handler,
         body::ResponseBody,
-        exchange::{Connection, Exchange, Finish, Judge, Live},
+        exchange::{Connection, Exchange, Finish},
         forward::{Destination, Picker, Policy, forward},
         headers::{self, Checked},
+        progress::{Judge, Live},
         upgrade::Asked,
     },
     io::Stream,
@@ -82,7 +83,7 @@ impl Handler for Requests {
             Some(error) => Err(error),
             None => match self.admit(&mut parts, checked) {
                 Ok(live) => {
-                    exchange.live = Some(live);
+                    exchange.progress.judged_by(live);
                     let to = self.destination();
                     let forwarded = forward(worker, &to, None, parts, body, &mut exchange, upgrade);
                     forwarded.await
@@ -148,7 +149,10 @@ impl Requests {
         Ok(Live {
             judge: self.clone(),
             judged: config,
+            method: parts.method.clone(),
+            uri: parts.uri.clone(),
             host,
+            withdrawn: false,
         })
     }
 

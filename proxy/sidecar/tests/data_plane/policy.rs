@@ -255,6 +255,75 @@ async fn opaque_connections_are_authorised_whole_and_closed_when_it_is_withdrawn
     assert_eq!(exchange(pair.caller.outbound(), b"\0abc").await, "");
 }
 
+fn deny_all() -> Authorization {
+    Authorization {
+        deny: vec![Policy {
+            name: "shop/none".into(),
+            rules: vec![Rule::default()],
+        }],
+        allow: Vec::new(),
+    }
+}
+
+/// What a client sends on and on is not passed on after the change, also where the server says
+/// nothing meanwhile, or has begun to answer and says no more.
+#[tokio::test]
+async fn a_request_under_way_ends_when_its_authorization_is_withdrawn() {
+    for (answers_first, keeps) in [(false, false), (true, false), (false, true), (true, true)] {
+        let (seen, mut sees) = tokio::sync::mpsc::unbounded_channel();
+        let app = serve(move |request: Request<hyper::body::Incoming>| {
+            let seen = seen.clone();
+            async move {
+                let mut body = request.into_body();
+                let read = async move {
+                    while let Some(Ok(frame)) = body.frame().await {
+                        let _ = seen.send(frame.into_data().unwrap());
+                    }
+                };
+                if !answers_first {
+                    read.await;
+                    return Response::new(empty());
+                }
+                tokio::spawn(read);
+                let never = futures_util::stream::pending();
+                Response::new(http_body_util::StreamBody::new(never).boxed())
+            }
+        })
+        .await;
+        let pair = Pair::new(app);
+        let stream = tokio::net::TcpStream::connect(pair.callee.inbound())
+            .await
+            .unwrap();
+        let (mut client, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        // What may be repeated is kept as it is read.
+        let method = if keeps { "PUT" } else { "POST" };
+        let request = Request::builder().method(method).uri("http://a/");
+        let request = request.body(()).unwrap();
+        let (mut response, mut body) = client.send_request(request, false).unwrap();
+        body.send_data("one".into(), false).unwrap();
+        assert_eq!(sees.recv().await.unwrap(), "one");
+        let begun = if answers_first {
+            let begun = (&mut response).await.unwrap();
+            assert_eq!(begun.status(), 200);
+            Some(begun.into_body())
+        } else {
+            None
+        };
+        pair.callee.set_own(|own| own.authorization = deny_all());
+        for _ in 0..20 {
+            let _ = body.send_data("two".into(), false);
+        }
+        match begun {
+            Some(mut begun) => assert!(begun.data().await.unwrap().is_err()),
+            None => assert_eq!(response.await.unwrap().status(), 403),
+        }
+        assert!(sees.try_recv().is_err(), "what came after the change");
+        let line = pair.callee.seen.line(0).await;
+        assert_eq!(line.flags, "UAEX");
+    }
+}
+
 #[tokio::test]
 async fn a_response_under_way_ends_when_its_authorization_is_withdrawn() {
     let (send, receive) = tokio::sync::mpsc::channel::<&'static str>(1);
@@ -283,15 +352,7 @@ async fn a_response_under_way_ends_when_its_authorization_is_withdrawn() {
         body.frame().await.unwrap().unwrap().into_data().unwrap(),
         "one"
     );
-    pair.callee.set_own(|own| {
-        own.authorization = Authorization {
-            deny: vec![Policy {
-                name: "shop/none".into(),
-                rules: vec![Rule::default()],
-            }],
-            allow: Vec::new(),
-        };
-    });
+    pair.callee.set_own(|own| own.authorization = deny_all());
     send.send("two").await.unwrap();
     assert!(
         body.frame().await.unwrap().is_err(),
