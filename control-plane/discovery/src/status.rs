@@ -1,6 +1,9 @@
 //! What can be said of subscribers.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::SystemTime,
+};
 
 use serde::{Serialize, Serializer};
 use turnpike_model::ResourceType;
@@ -14,6 +17,14 @@ pub struct Adoption {
     pub accepted: usize,
     /// Of those: the subscriber refused the latest version.
     pub refused: usize,
+    /// Subscribers that watch any of them.
+    pub subscribers: usize,
+    /// Of those: they accepted the latest version of all of them that they watch.
+    pub current: usize,
+    /// Who should watch some of them and is not there: `agent of node-a`, `gate of node-a`. What
+    /// such a node does is not known.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub absent: BTreeSet<String>,
     /// Who refuses what, and why; the first [`Adoption::SHOWN`].
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub refusals: Vec<RefusedBy>,

@@ -14,6 +14,7 @@ pub mod keep;
 mod path;
 mod reading;
 mod source;
+pub mod status;
 
 pub use impairments::Impairments;
 pub use source::{Event, Impairment, Place, Rejection, Source};

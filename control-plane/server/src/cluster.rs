@@ -9,6 +9,7 @@ use kube::{Api, Client};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use turnpike_certs::{Authority, ClientAuth, CredentialStore, server_config_with};
+use turnpike_discovery::Discovery;
 use turnpike_kubernetes::{
     Impairments,
     cluster::{ClusterSource, Stores},
@@ -18,7 +19,9 @@ use turnpike_kubernetes::{
 use crate::{
     config::WebhookConfig,
     controller::bind,
+    feed::Health,
     metrics::Metrics,
+    status::StatusWriter,
     webhook::{self, Injector, SettingsFile},
 };
 
@@ -27,8 +30,8 @@ const ROOT_CONFIG_MAP: &str = "turnpike-root";
 const ALPN: [&str; 2] = ["h2", "http/1.1"];
 
 /// A cluster's part of the controller, with its port bound.
-#[derive(Debug)]
 pub(crate) struct Cluster {
+    client: Client,
     stores: Stores,
     roots: RootConfigMaps,
     webhook: Option<Webhook>,
@@ -40,6 +43,12 @@ struct Webhook {
     settings: SettingsFile,
     bundle: InjectorBundle,
     namespaces: Api<Namespace>,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").finish_non_exhaustive()
+    }
 }
 
 impl Cluster {
@@ -57,6 +66,7 @@ impl Cluster {
             None => None,
         };
         Ok(Self {
+            client: client.clone(),
             roots: RootConfigMaps {
                 client: client.clone(),
                 namespaces: stores.namespaces.clone(),
@@ -74,15 +84,31 @@ impl Cluster {
         self,
         tasks: &mut JoinSet<()>,
         certificate: Arc<CredentialStore>,
+        discovery: &Discovery,
+        health: &Arc<Health>,
         metrics: &Metrics,
         stop: &CancellationToken,
     ) {
         let Self {
+            client,
             stores,
             roots,
             webhook,
         } = self;
         tasks.spawn(roots.run());
+        let statuses = StatusWriter {
+            client,
+            policies: stores.policies.clone(),
+            discovery: discovery.clone(),
+            applied: health.applied().clone(),
+            impairments: health.impairments().clone(),
+        };
+        let health = health.clone();
+        tasks.spawn(async move {
+            // Before, what a policy needs may yet come.
+            health.synced().await;
+            statuses.run().await;
+        });
         if let Some(Webhook {
             listener,
             settings,

@@ -12,10 +12,11 @@ use kube::Client;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use turnpike_api::ObjectKey;
 use turnpike_certs::{Authority, ClientAuth, server_config_with};
 use turnpike_discovery::Discovery;
 use turnpike_kubernetes::{
-    Event, Source,
+    Event, Place, Source,
     cluster::{self, ClusterSource},
     directory::DirectorySource,
 };
@@ -71,6 +72,13 @@ impl Source for AnySource {
         match self {
             Self::Directory(source) => source.next().await,
             Self::Cluster(source) => source.next().await,
+        }
+    }
+
+    fn place(&self, object: &ObjectKey) -> Option<Place> {
+        match self {
+            Self::Directory(source) => source.place(object),
+            Self::Cluster(source) => source.place(object),
         }
     }
 }
@@ -178,7 +186,15 @@ impl Controller {
         };
         let mut tasks = JoinSet::new();
         if let Some(cluster) = cluster {
-            cluster.spawn(&mut tasks, store.clone(), &metrics, &stop);
+            let certificate = store.clone();
+            cluster.spawn(
+                &mut tasks,
+                certificate,
+                &discovery,
+                &health,
+                &metrics,
+                &stop,
+            );
         }
         tasks.spawn(http::serve(http, pages));
         tasks.spawn(feed::run(

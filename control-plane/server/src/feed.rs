@@ -17,7 +17,7 @@ use turnpike_discovery::Discovery;
 use turnpike_kubernetes::{Event, Impairment, Impairments, Place, Rejection, Source};
 use turnpike_model::{ConditionKind, ObjectStatus};
 
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, status::Applied};
 
 /// Rejections that are shown; of a folder with more, the first.
 const SHOWN: usize = 10_000;
@@ -35,6 +35,7 @@ pub struct Health {
     impairments: Impairments,
     /// Of objects with a condition that does not hold.
     places: Mutex<BTreeMap<ObjectKey, Place>>,
+    applied: Applied,
     synced: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
 }
@@ -54,6 +55,7 @@ impl Default for Health {
         Self {
             rejections: Mutex::default(),
             impairments: Impairments::default(),
+            applied: Applied::default(),
             places: Mutex::default(),
             synced: watch::Sender::new(false),
             stopping: watch::Sender::new(false),
@@ -65,6 +67,11 @@ impl Health {
     /// What does not work now, of the source and of what is kept in the API.
     pub fn impairments(&self) -> &Impairments {
         &self.impairments
+    }
+
+    /// What the model has taken.
+    pub(crate) fn applied(&self) -> &Applied {
+        &self.applied
     }
 
     /// What is refused, after what does not work at all.
@@ -187,12 +194,14 @@ impl Feed {
             Event::Applied(object) => {
                 let key = object.key();
                 let judged = may_change_statuses(&object);
-                let changes = self.discovery.update(|model| model.apply(object));
+                let changes = self.discovery.update(|model| model.apply(object.clone()));
+                self.health.applied.put(&object);
                 tracing::debug!(object = %key, touched = changes.len(), "applied");
                 judged
             }
             Event::Deleted(key) => {
                 let changes = self.discovery.update(|model| model.delete(&key));
+                self.health.applied.remove(&key);
                 tracing::debug!(object = %key, touched = changes.len(), "deleted");
                 key.kind != Kind::Pod && key.kind != Kind::EndpointSlice
             }

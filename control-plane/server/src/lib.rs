@@ -7,7 +7,7 @@
 //! 3. gRPC over TLS serves discovery and the CA; [`auth`] stands in front of both.
 //! 4. [`http`] shows metrics, health and what was rejected.
 //! 5. In a cluster it also answers the injection webhook ([`webhook`]) and keeps in the API what
-//!    pods need to trust it (`cluster`).
+//!    pods need to trust it (`cluster`), and says on each policy what became of it (`status`).
 //! 6. [`Controller::run`] ends when it is told to: streams are closed with a reason, calls in
 //!    flight are finished.
 //!
@@ -22,6 +22,7 @@ mod controller;
 pub mod feed;
 pub mod http;
 mod metrics;
+mod status;
 mod text;
 pub mod webhook;
 

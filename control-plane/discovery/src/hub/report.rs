@@ -1,21 +1,23 @@
 //! What can be said of the subscribers.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use turnpike_model::{Changes, ResourceType};
 
 use super::Hub;
 use crate::{
     Adoption, RefusedBy, SubscriberStatus, TypeStatus,
-    subscriber::{Answer, Subscriber},
+    subscriber::{Answer, Subscriber, SubscriberId},
 };
 
 impl Hub {
     /// How far resources have come with those who watch them.
     pub(crate) fn adoption(&self, of: &Changes) -> Adoption {
         let mut adoption = Adoption::default();
+        let mut current = BTreeMap::new();
         for (kind, name) in of.iter() {
-            self.adopt(kind, name, &mut adoption);
+            self.adopt(kind, name, &mut adoption, &mut current);
+            adoption.absent.extend(self.absent(kind, name));
             let views = self
                 .views
                 .get(name)
@@ -23,28 +25,55 @@ impl Hub {
             views
                 .into_iter()
                 .flatten()
-                .for_each(|view| self.adopt(kind, view, &mut adoption));
+                .for_each(|view| self.adopt(kind, view, &mut adoption, &mut current));
         }
+        adoption.subscribers = current.len();
+        adoption.current = current.values().filter(|current| **current).count();
         adoption
     }
 
-    fn adopt(&self, kind: ResourceType, name: &Arc<str>, adoption: &mut Adoption) {
+    /// Who on a pod's node should watch this and does not.
+    fn absent(&self, kind: ResourceType, name: &Arc<str>) -> Option<String> {
+        let who = match kind {
+            ResourceType::PodNetwork => "agent",
+            ResourceType::PodEgress => "gate",
+            _ => return None,
+        };
+        let node = self.model.node_of(name)?;
+        let watchers = self.covering(kind, Some(node));
+        let entry = self.entries.get(&(kind, name.clone()));
+        let watched = !watchers.is_empty() || entry.is_some_and(|entry| !entry.exact.is_empty());
+        (!watched).then(|| format!("{who} of {node}"))
+    }
+
+    /// `current`: by subscriber, whether all that it watches is accepted.
+    fn adopt(
+        &self,
+        kind: ResourceType,
+        name: &Arc<str>,
+        adoption: &mut Adoption,
+        current: &mut BTreeMap<SubscriberId, bool>,
+    ) {
         let Some(entry) = self.entries.get(&(kind, name.clone())) else {
             return;
         };
         let mut watchers = self.covering(kind, entry.node.as_ref());
         watchers.extend(&entry.exact);
         let latest = entry.content.as_ref().map(|content| &content.version);
-        for subscriber in watchers.iter().filter_map(|id| self.subscribers.get(id)) {
+        for id in watchers {
+            let Some(subscriber) = self.subscribers.get(&id) else {
+                continue;
+            };
             adoption.watched += 1;
             let held = subscriber
                 .types
                 .get(&kind)
                 .and_then(|state| state.held.get(name));
-            match held
+            let answer = held
                 .filter(|held| held.version.as_ref() == latest)
-                .map(|held| held.answer)
-            {
+                .map(|held| held.answer);
+            *current.entry(id).or_insert(true) &= answer == Some(Answer::Accepted);
+            match answer {
                 Some(Answer::Accepted) => adoption.accepted += 1,
                 Some(Answer::Refused) => {
                     adoption.refused += 1;

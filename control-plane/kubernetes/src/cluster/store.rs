@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use turnpike_api::{Kind, Object, ObjectKey};
 
-use crate::inject;
+use crate::{inject, status::has_status};
 
 /// An object as it came, and what became of it.
 #[derive(Debug)]
@@ -61,11 +61,6 @@ impl Stores {
             _ => {}
         }
     }
-}
-
-/// Whether we write a status on its objects.
-fn has_status(kind: Kind) -> bool {
-    !kind.is_kubernetes()
 }
 
 /// A map that tells when it changes.

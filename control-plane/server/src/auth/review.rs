@@ -153,8 +153,8 @@ fn judge(
         .map_err(|error| AuthError::Claims(error.to_string()))?;
     let extra = extra.unwrap_or_default();
     let one = |key: &str| {
-        let values = extra.get(key).into_iter().flatten();
-        values.cloned().find(|value| !value.is_empty())
+        let mut values = extra.get(key).into_iter().flatten();
+        values.find(|value| !value.is_empty()).cloned()
     };
     let pod = one(POD_NAME).zip(one(POD_UID)).map(|(name, uid)| PodRef {
         name: name.into(),

@@ -216,6 +216,37 @@ current-context: c
         ]);
     }
 
+    /// The CRD of Gateway API's HTTPRoute, as its project publishes it.
+    pub(crate) fn install_routes(&self) {
+        let crd = self
+            .bin
+            .join("../gateway-api/gateway.networking.k8s.io_httproutes.yaml");
+        let crd = crd.display().to_string();
+        self.kubectl(&["apply", "--server-side", "-f", &crd]);
+        self.kubectl(&[
+            "wait",
+            "--for=condition=Established",
+            "crd",
+            "--all",
+            "--timeout=60s",
+        ]);
+    }
+
+    /// A token of a pod's, as kubelet asks for it.
+    pub(crate) fn token(&self, pod: &str, account: &str, audience: &str) -> String {
+        let (namespace, pod) = pod.split_once('/').unwrap();
+        let args = [
+            "create",
+            "token",
+            account,
+            &format!("--namespace={namespace}"),
+            "--bound-object-kind=Pod",
+            &format!("--bound-object-name={pod}"),
+            &format!("--audience={audience}"),
+        ];
+        self.kubectl(&args).trim().to_owned()
+    }
+
     /// A namespace in which pods can be made; nobody else makes its service account here.
     pub(crate) fn namespace(&self, name: &str, labels: &str) {
         self.apply(&format!(

@@ -41,19 +41,8 @@ fn web() -> Identity {
     Identity::new("cluster.local", "shop", "web").unwrap()
 }
 
-/// Of the pod, as kubelet asks for it.
 fn token(api: &ApiServer, audience: &str) -> String {
-    let audience = format!("--audience={audience}");
-    let args = [
-        "create",
-        "token",
-        "web",
-        "--namespace=shop",
-        "--bound-object-kind=Pod",
-        "--bound-object-name=web-1",
-        &audience,
-    ];
-    api.kubectl(&args).trim().to_owned()
+    api.token("shop/web-1", "web", audience)
 }
 
 /// The same token as the API server would have made it at another time.

@@ -12,3 +12,4 @@ mod identity;
 mod injection;
 mod pki;
 mod source;
+mod status;
