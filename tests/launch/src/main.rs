@@ -148,6 +148,11 @@ fn tests(filter: &[&str]) -> Result<(), String> {
 fn kubernetes(filter: &[&str]) -> Result<(), String> {
     steps::cargo("build the programs", &["build", "--workspace", "--bins"])?;
     steps::run("build Kubernetes", "turnpike-cluster", &["build"])?;
+    if filter.is_empty() {
+        // With the helm that was just built.
+        let chart = ["test", "-p", "turnpike-api", "--test", "chart"];
+        steps::cargo("the chart", &[&chart[..], &["--", "--include-ignored"]].concat())?;
+    }
     let mut arguments = vec!["test", "-p", "turnpike-cluster", "--test", "kubernetes"];
     if let [_, ..] = filter {
         arguments.push("--");
