@@ -151,7 +151,10 @@ fn kubernetes(filter: &[&str]) -> Result<(), String> {
     if filter.is_empty() {
         // With the helm that was just built.
         let chart = ["test", "-p", "turnpike-api", "--test", "chart"];
-        steps::cargo("the chart", &[&chart[..], &["--", "--include-ignored"]].concat())?;
+        steps::cargo(
+            "the chart",
+            &[&chart[..], &["--", "--include-ignored"]].concat(),
+        )?;
     }
     let mut arguments = vec!["test", "-p", "turnpike-cluster", "--test", "kubernetes"];
     if let [_, ..] = filter {
