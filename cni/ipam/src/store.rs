@@ -104,9 +104,21 @@ impl Store {
         records.iter().for_each(|record| pool.apply(record));
         let mut log = Vec::new();
         pool.boot(boot, now, &mut log);
-        let (changes, receiver) = watch::channel(0);
         let mut batch = Vec::new();
         log.iter().for_each(|record| encode(record, &mut batch));
+        Self::start(pool, batch, journal).map_err(|source| JournalError::Io {
+            action: "start the writer of",
+            path: folder.to_owned(),
+            source,
+        })
+    }
+
+    fn start(
+        pool: Pool,
+        batch: Vec<u8>,
+        journal: impl Commits + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (changes, receiver) = watch::channel(0);
         let state = State {
             pool,
             batch,
@@ -121,17 +133,10 @@ impl Store {
             work: Condvar::new(),
             changes,
         });
-        let writer = thread::Builder::new()
-            .name("journal".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || write(&shared, journal)
-            })
-            .map_err(|source| JournalError::Io {
-                action: "start the writer of",
-                path: folder.to_owned(),
-                source,
-            })?;
+        let writer = thread::Builder::new().name("journal".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || write(&shared, journal)
+        })?;
         Ok(Self {
             shared,
             changes: receiver,
@@ -248,8 +253,34 @@ impl Drop for Store {
     }
 }
 
+/// Where batches become durable; takes as long as a disk does.
+trait Commits {
+    fn append(&mut self, lines: &[u8]) -> Result<(), JournalError>;
+    fn rewrite(&mut self, snapshot: &[Record]) -> Result<(), JournalError>;
+    fn wants_compaction(&self) -> bool;
+    fn syncs(&self) -> u64;
+}
+
+impl Commits for Journal {
+    fn append(&mut self, lines: &[u8]) -> Result<(), JournalError> {
+        Self::append(self, lines)
+    }
+
+    fn rewrite(&mut self, snapshot: &[Record]) -> Result<(), JournalError> {
+        Self::rewrite(self, snapshot)
+    }
+
+    fn wants_compaction(&self) -> bool {
+        Self::wants_compaction(self)
+    }
+
+    fn syncs(&self) -> u64 {
+        Self::syncs(self)
+    }
+}
+
 /// The writer thread: one batch at a time, until the store is dropped and nothing is left.
-fn write(shared: &Shared, mut journal: Journal) {
+fn write(shared: &Shared, mut journal: impl Commits) {
     loop {
         let mut state = shared.state.lock();
         while state.batch.is_empty() && state.waiters.is_empty() && !state.closed {
@@ -277,5 +308,110 @@ fn write(shared: &Shared, mut journal: Journal) {
         for waiter in waiters {
             waiter.send(verdict.clone()).ok();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, sync::mpsc, time::Duration};
+
+    use super::*;
+    use crate::{Action, Eni, Limits, PodRef, Targets};
+
+    /// A journal on a real file whose disk hangs when it is told to.
+    struct Hanging {
+        journal: Journal,
+        entered: mpsc::Sender<()>,
+        go_on: mpsc::Receiver<()>,
+    }
+
+    impl Commits for Hanging {
+        fn append(&mut self, lines: &[u8]) -> Result<(), JournalError> {
+            self.entered.send(()).ok();
+            self.go_on.recv().ok();
+            self.journal.append(lines)
+        }
+
+        fn rewrite(&mut self, snapshot: &[Record]) -> Result<(), JournalError> {
+            self.journal.rewrite(snapshot)
+        }
+
+        fn wants_compaction(&self) -> bool {
+            false
+        }
+
+        fn syncs(&self) -> u64 {
+            self.journal.syncs()
+        }
+    }
+
+    fn holder(n: u32) -> Holder {
+        Holder {
+            attachment: Attachment {
+                container_id: format!("c{n}"),
+                ifname: "eth0".into(),
+            },
+            network: "turnpike".into(),
+            pod: PodRef {
+                namespace: "shop".into(),
+                name: format!("web-{n}"),
+                uid: String::new(),
+            },
+            netns: format!("/run/netns/c{n}"),
+        }
+    }
+
+    /// With an interface full of addresses.
+    fn pool() -> Pool {
+        let mut pool = Pool::new(Config {
+            limits: Limits {
+                enis: 4,
+                addresses_per_eni: 50,
+            },
+            targets: Targets::default(),
+            cooldown: Duration::ZERO,
+        });
+        let eni = Eni {
+            id: EniId::new("eni-1"),
+            mac: "02:00:00:00:00:01".into(),
+            device_index: 0,
+            primary: Ipv4Addr::new(10, 0, 0, 4),
+            subnet: "10.0.0.0/24".parse().unwrap(),
+        };
+        let addresses = (10..59).map(|n| Ipv4Addr::new(10, 0, 0, n)).collect();
+        let mut log = Vec::new();
+        let action = Action::Create { addresses: 49 };
+        let intent = pool.begin(action, "t".into(), Moment(1), &mut log).unwrap();
+        pool.finish(intent.id, Some(eni.clone()), addresses, Moment(1), &mut log);
+        pool.ready(&eni.id);
+        pool
+    }
+
+    #[tokio::test]
+    async fn those_who_come_while_a_commit_is_under_way_share_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let (entered, in_commit) = mpsc::channel();
+        let (release, go_on) = mpsc::channel();
+        let journal = Hanging {
+            journal: Journal::open(folder.path()).unwrap().journal,
+            entered,
+            go_on,
+        };
+        let store = Store::start(pool(), Vec::new(), journal).unwrap();
+        let (_, first) = store.lease(holder(0), Moment(2)).unwrap();
+        in_commit.recv().unwrap();
+        let others = (1..=40).map(|n| store.lease(holder(n), Moment(2)).unwrap());
+        let others: Vec<_> = others.collect();
+        release.send(()).unwrap();
+        release.send(()).unwrap();
+        first.done().await.unwrap();
+        for (_, recording) in others {
+            recording.done().await.unwrap();
+        }
+        assert_eq!(
+            store.syncs(),
+            2,
+            "one for the first ADD, one for the other 40"
+        );
     }
 }
