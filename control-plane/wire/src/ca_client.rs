@@ -1,6 +1,7 @@
 //! Certificates from the CA, renewed before they end.
 
 use std::{
+    ops::Range,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -121,10 +122,8 @@ pub async fn keep_fresh(controller: Controller, identity: Identity, store: Arc<C
 /// Waits until `current` must be replaced: it is due, or the roots have changed so that it no
 /// longer leads to one.
 async fn until_due(controller: &Controller, current: &Credentials, store: &CredentialStore) {
-    // It was issued after its beginning, which allows for clocks that differ.
-    let issued = (current.not_before() + CLOCK_SKEW).min(current.not_after());
-    let due = renew_at(issued, current.not_after(), fastrand::f64());
-    let due = due.max(SystemTime::now() + RENEWAL_FLOOR);
+    let valid = current.not_before()..current.not_after();
+    let due = due(valid, fastrand::f64(), SystemTime::now());
     // In steps, since the clock may be set, and to see new roots.
     while let Ok(wait) = due.duration_since(SystemTime::now()) {
         sleep(wait.min(ROOTS_INTERVAL)).await;
@@ -140,6 +139,14 @@ async fn until_due(controller: &Controller, current: &Credentials, store: &Crede
     }
 }
 
+/// When a certificate is renewed that is valid for so long. `jitter`, from 0 to 1, spreads those
+/// that were issued together.
+fn due(valid: Range<SystemTime>, jitter: f64, now: SystemTime) -> SystemTime {
+    // It was issued after its beginning, which allows for clocks that differ.
+    let issued = (valid.start + CLOCK_SKEW).min(valid.end);
+    renew_at(issued, valid.end, jitter).max(now + RENEWAL_FLOOR)
+}
+
 fn left(credentials: &Credentials) -> Duration {
     credentials
         .not_after()
@@ -151,4 +158,31 @@ fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_life_is_left_at_the_least_and_jitter_spreads() {
+        let issued = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let valid = || issued - CLOCK_SKEW..issued + LEAF_LIFETIME;
+        let at = |jitter| due(valid(), jitter, issued).duration_since(issued).unwrap();
+        assert_eq!(at(0.0), LEAF_LIFETIME / 2);
+        assert_eq!(at(1.0), LEAF_LIFETIME * 2 / 5);
+        let spread: Vec<_> = (0..10u8).map(|n| at(f64::from(n) / 10.0)).collect();
+        assert!(
+            spread.is_sorted_by(|later, earlier| later > earlier),
+            "{spread:?}"
+        );
+        // Overdue, or as good as: at once, and not in a storm.
+        let end = issued + LEAF_LIFETIME;
+        for now in [issued + LEAF_LIFETIME * 3 / 4, end, end + LEAF_LIFETIME] {
+            assert_eq!(due(valid(), 0.5, now), now + RENEWAL_FLOOR);
+        }
+        // Shorter than the skew of clocks.
+        let short = issued..issued + Duration::from_secs(2);
+        assert_eq!(due(short, 0.0, issued), issued + Duration::from_secs(2));
+    }
 }
