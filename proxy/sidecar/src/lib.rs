@@ -19,6 +19,7 @@ pub mod admin;
 pub mod capture;
 pub mod config;
 pub mod control;
+pub mod cores;
 pub mod mesh;
 pub mod observe;
 pub mod tasks;

@@ -30,6 +30,7 @@ use turnpike_sidecar::{
     admin::{Admin, AdminConfig, Phase, SetLevel, State},
     config::Config,
     control::{Control, ControlConfig},
+    cores,
     mesh::Mesh,
     tasks::Tasks,
     telemetry::{
@@ -82,9 +83,10 @@ struct Args {
     /// Keeps the last state here, so that a restart does without the controller.
     #[arg(long, env = "TURNPIKE_STATE_DIR")]
     state_dir: Option<PathBuf>,
-    /// Threads that carry traffic.
-    #[arg(long, env = "TURNPIKE_WORKERS", default_value_t = 1)]
-    workers: usize,
+    /// Threads that carry traffic; unset: as many as the container's CPU limit keeps busy, and one
+    /// without a limit.
+    #[arg(long, env = "TURNPIKE_WORKERS")]
+    workers: Option<usize>,
     /// How long connections may take to finish after SIGTERM, in seconds.
     #[arg(long, env = "TURNPIKE_DRAIN_SECONDS", default_value_t = 20)]
     drain_seconds: u64,
@@ -179,7 +181,7 @@ impl TryFrom<Args> for Settings {
             },
             data_plane: Config {
                 pod_addresses: pod_ip,
-                workers,
+                workers: workers.or_else(cores::limit).unwrap_or(1),
                 ..Config::default()
             },
             drain: Duration::from_secs(drain_seconds),
