@@ -6,6 +6,7 @@
 
 use std::{
     borrow::Cow,
+    collections::VecDeque,
     fmt, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, OnceLock},
@@ -22,8 +23,8 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpSocket},
-    sync::{Semaphore, watch},
-    task::JoinSet,
+    sync::watch,
+    task::{AbortHandle, JoinSet},
     time::timeout,
 };
 use turnpike_certs::CredentialStore;
@@ -33,7 +34,8 @@ use crate::{
     telemetry::{Gauges, Telemetry},
 };
 
-/// Connections of each listener at once; further ones wait in the kernel's queue.
+/// Connections of each listener at once. At one more the oldest is closed: kubelet and Prometheus
+/// ask at once and are answered at once, so that it is one of somebody who means to be in the way.
 const CONNECTIONS: usize = 64;
 /// For a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -199,19 +201,13 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 type Answer = fn(&State, &Request<Incoming>) -> Response<Full<Bytes>>;
 
 async fn listen(listener: TcpListener, state: Arc<State>, answer: Answer) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
+    let mut oldest_first = VecDeque::new();
     loop {
-        let Ok(permit) = permits.clone().acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let state = state.clone();
-                connections.spawn(async move {
-                    serve(stream, state, answer, CONNECTION_LIFE).await;
-                    drop(permit);
-                });
+                let served = serve(stream, state.clone(), answer, CONNECTION_LIFE);
+                oldest_first.push_back(connections.spawn(served));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection to the admin ports");
@@ -219,6 +215,12 @@ async fn listen(listener: TcpListener, state: Arc<State>, answer: Answer) {
             }
         }
         while connections.try_join_next().is_some() {}
+        oldest_first.retain(|connection: &AbortHandle| !connection.is_finished());
+        if oldest_first.len() > CONNECTIONS
+            && let Some(oldest) = oldest_first.pop_front()
+        {
+            oldest.abort();
+        }
     }
 }
 
@@ -373,7 +375,7 @@ fn respond(
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use turnpike_rules::Identity;
 
     use super::*;
@@ -396,6 +398,26 @@ mod tests {
         assert_eq!(ready(&state).status(), StatusCode::SERVICE_UNAVAILABLE);
         let why = state.unready().unwrap();
         assert!(why.starts_with("the task `discovery` has failed"), "{why}");
+    }
+
+    #[tokio::test]
+    async fn those_who_hold_connections_do_not_keep_kubelet_waiting() {
+        let listener = bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let listening = tokio::spawn(listen(listener, state(), answer_ready));
+        let connect = || tokio::net::TcpStream::connect(address);
+        let mut held = Vec::new();
+        for _ in 0..2 * CONNECTIONS {
+            held.push(connect().await.unwrap());
+        }
+        let mut probe = connect().await.unwrap();
+        let ask = b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n";
+        probe.write_all(ask).await.unwrap();
+        let mut answer = Vec::new();
+        let answered = timeout(HEAD_TIMEOUT / 5, probe.read_to_end(&mut answer)).await;
+        answered.expect("a probe's timeout is a second").unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 503"));
+        listening.abort();
     }
 
     #[tokio::test]

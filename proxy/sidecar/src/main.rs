@@ -216,6 +216,10 @@ fn main() -> ExitCode {
     }
 }
 
+/// For the last metrics: a Job ends with its sidecar, and must not wait for a collector that is
+/// away.
+const LAST_EXPORT: Duration = Duration::from_secs(2);
+
 async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
     let Settings {
         control,
@@ -278,7 +282,8 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
     tracing::info!(deadline_s = drain.as_secs(), "draining");
     traffic.drain(drain).await;
     if let Some(exports) = exports {
-        otlp::push_metrics_now(exports, &telemetry).await.ok();
+        let last = otlp::push_metrics_now(exports, &telemetry);
+        tokio::time::timeout(LAST_EXPORT, last).await.ok();
     }
     tokio::task::spawn_blocking(move || telemetry.flush()).await?;
     Ok(ended?)

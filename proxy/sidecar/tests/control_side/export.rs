@@ -274,9 +274,7 @@ async fn metrics_are_pushed() {
     let sum = |name: &str| {
         let metric = metrics.iter().find(|metric| metric.name == name).unwrap();
         match metric.data.as_ref().unwrap() {
-            Data::Histogram(histogram) => {
-                histogram.data_points[0].sum.unwrap()
-            }
+            Data::Histogram(histogram) => histogram.data_points[0].sum.unwrap(),
             other => panic!("{other:?}"),
         }
     };

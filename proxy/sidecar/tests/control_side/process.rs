@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -46,8 +46,12 @@ struct Proxy(Option<Child>);
 
 impl Proxy {
     fn start(server: &TestController, state_dir: &Path) -> Self {
+        Self::start_as(command(), server, state_dir)
+    }
+
+    fn start_as(mut command: Command, server: &TestController, state_dir: &Path) -> Self {
         let client = server.client();
-        let child = command()
+        let child = command
             .env("TURNPIKE_CONTROLLER", &client.address)
             .env("TURNPIKE_CONTROLLER_NAME", &client.server_name)
             .env("TURNPIKE_TOKEN_FILE", &client.token_file)
@@ -169,6 +173,28 @@ fn a_proxy_starts_serves_restarts_and_ends() {
             log.contains("draining") && !log.contains("PRIVATE"),
             "{log}"
         );
+    });
+}
+
+#[test]
+fn a_collector_that_is_away_does_not_hold_up_the_end() {
+    in_own_network(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let server = TestController::start().await;
+        // Connections to it are made, and nobody answers.
+        let collector = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", collector.local_addr().unwrap());
+        let mut command = command();
+        command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
+        server.put(UID, "1", &own());
+        let begun = Instant::now();
+        let proxy = Proxy::start_as(command, &server, dir.path());
+        readiness(200, "ready").await;
+        assert!(begun.elapsed() < Duration::from_secs(5), "{begun:?}");
+        let begun = Instant::now();
+        let output = proxy.terminate().await;
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert!(begun.elapsed() < Duration::from_secs(4), "{begun:?}");
     });
 }
 
