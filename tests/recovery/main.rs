@@ -76,6 +76,8 @@ fn with_world(name: &str, tell: impl FnOnce(&mut World)) {
 
 /// What happened around the death of a part.
 struct Told {
+    /// When it was about to be killed, when it was dead, and when it was started again.
+    dying: Instant,
     killed: Instant,
     back: Instant,
     /// A client of the mesh calling nginx, and a selected pod calling an allowed name.
@@ -103,6 +105,7 @@ fn killed(world: &mut World, part: Part) -> Told {
         &attacks,
     );
     std::thread::sleep(Duration::from_millis(500));
+    let dying = Instant::now();
     part.daemon(world).kill().unwrap();
     let killed = Instant::now();
     std::thread::sleep(AWAY);
@@ -118,6 +121,7 @@ fn killed(world: &mut World, part: Part) -> Told {
     assert!(recovered.is_some(), "{part:?} is back, the service is not");
     std::thread::sleep(Duration::from_millis(500));
     let told = Told {
+        dying,
         killed,
         back,
         mesh: mesh.stop().unwrap(),
@@ -192,7 +196,7 @@ impl Told {
 
     /// It was served before and in the end, and failed not at all outside of the time in between.
     fn was_served_before(&self, what: &str, samples: &[Sample]) {
-        let mut before = samples.iter().filter(|sample| sample.end < self.killed);
+        let mut before = samples.iter().filter(|sample| sample.end < self.dying);
         assert!(
             before.all(|sample| sample.status == 200),
             "{what} failed before"
