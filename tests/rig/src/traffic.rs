@@ -50,8 +50,12 @@ pub struct Traffic {
 impl Traffic {
     /// Asks for `url` every 30 ms or so, with the pod's own resolver.
     pub fn start(world: &World, pod: &Pod, url: &str) -> Result<Self> {
-        let line = [&CURL[..], &[url]].concat();
-        let command = world.command_in(pod, APP_USER, &line)?;
+        Self::repeat(world, pod, &[&CURL[..], &[url]].concat())
+    }
+
+    /// Runs any command line, as often; what it prints is taken for a status.
+    pub fn repeat(world: &World, pod: &Pod, line: &[&str]) -> Result<Self> {
+        let command = world.command_in(pod, APP_USER, line)?;
         let running = Arc::new(AtomicBool::new(true));
         let (namespace, goes_on) = (pod.namespace.clone(), running.clone());
         let thread = thread::spawn(move || run(&command, &namespace, &goes_on));
