@@ -61,6 +61,10 @@ impl Model {
         }
         let old = self.services.replace(key, new.clone());
         self.touch_service(key, to);
+        let vips = |service: &Option<Arc<Service>>| service.as_ref().map(|s| s.vips.clone());
+        if self.mesh.service_cidrs.is_empty() && vips(&old) != vips(&new) {
+            to.touch(ResourceType::Members, self.members_name(STATIC));
+        }
         let mut pods = Vec::new();
         for service in old.iter().chain(&new) {
             service

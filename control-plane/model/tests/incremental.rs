@@ -313,6 +313,10 @@ fn config() -> ProptestConfig {
 #[test]
 fn one_pod_touches_a_handful_of_ten_thousand() {
     let mut model = model();
+    let mesh = json!({
+        "metadata": {"name": "default"}, "spec": {"serviceCidrs": ["10.96.0.0/16"]},
+    });
+    model.apply(object(Kind::MeshConfig, mesh));
     for n in 0..10_000u32 {
         let app = format!("app-{n}");
         let service = json!({

@@ -124,11 +124,7 @@ endpoints:
     ];
     assert_eq!(endpoints(&model), expected);
     assert_eq!(&*model.self_config("u1").unwrap().backs[0].key.name, "web");
-    model.delete(&common::key(
-        Kind::EndpointSlice,
-        "shop",
-        "web-x",
-    ));
+    model.delete(&common::key(Kind::EndpointSlice, "shop", "web-x"));
     assert_eq!(endpoints(&model).len(), 2, "then its pods again");
 }
 
@@ -357,10 +353,7 @@ status: {podIP: 10.0.0.100}
     let members = model.members("cluster/node-a").unwrap().addresses;
     assert_eq!(
         members,
-        [
-            "10.0.0.1".parse::<IpAddr>().unwrap(),
-            [10, 0, 0, 3].into()
-        ]
+        ["10.0.0.1".parse::<IpAddr>().unwrap(), [10, 0, 0, 3].into()]
     );
 }
 
@@ -397,6 +390,44 @@ endpoints: [{{addresses: [{address}]}}]
     }
     model.delete(&common::key(Kind::EndpointSlice, "default", "kubernetes"));
     assert_eq!(members(&model), at(&[[10, 0, 0, 7]]));
+}
+
+#[test]
+fn where_no_range_is_given_each_service_is_the_clusters_by_its_address() {
+    let service = |name: &str, address: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: \
+             kube-system}}\nspec: {{clusterIP: {address}, ports: [{{port: 53}}]}}\n"
+        )
+    };
+    let mut model = model();
+    let services = |model: &Model| -> Vec<String> {
+        let members = model.members("cluster/static").unwrap();
+        members.services.iter().map(ToString::to_string).collect()
+    };
+    let mesh = |ranges: &str| {
+        format!(
+            "apiVersion: turnpike.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default}}\n\
+             spec: {{serviceCidrs: [{ranges}]}}\n"
+        )
+    };
+    load(&mut model, &mesh(""));
+    let changes = load(&mut model, &service("kube-dns", "10.96.0.10"));
+    assert!(changes.contains(ResourceType::Members, "cluster/static"));
+    assert_eq!(services(&model), ["10.96.0.10/32"]);
+    let changes = load(&mut model, &service("kube-dns", "10.96.0.11"));
+    assert!(changes.contains(ResourceType::Members, "cluster/static"));
+    load(&mut model, &service("headless", "None"));
+    assert_eq!(services(&model), ["10.96.0.11/32"]);
+
+    load(&mut model, &mesh("10.96.0.0/16"));
+    assert_eq!(
+        services(&model),
+        ["10.96.0.0/16"],
+        "what is given holds alone"
+    );
+    let changes = load(&mut model, &service("kube-dns", "10.96.0.12"));
+    assert!(!changes.contains(ResourceType::Members, "cluster/static"));
 }
 
 #[test]
@@ -589,11 +620,7 @@ fn of_policies_that_exclude_each_other_those_overruled_are_told() {
         // Neither says when it was made.
         assert!(message.contains("comes first by its name"), "{message}");
     }
-    model.delete(&common::key(
-        Kind::PeerAuthentication,
-        "shop",
-        "c-web",
-    ));
+    model.delete(&common::key(Kind::PeerAuthentication, "shop", "c-web"));
     assert_eq!(conflict(&model, "d-web"), None);
 }
 

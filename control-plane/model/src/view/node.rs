@@ -1,5 +1,6 @@
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use turnpike_rules::pod::{InboundPort, Members, PodEgress, PodNetwork};
 
 use crate::{
@@ -61,7 +62,7 @@ impl Model {
             return Some(Members {
                 name: name.into(),
                 addresses: addresses.into_iter().collect(),
-                services: mesh.service_cidrs.clone(),
+                services: self.service_ranges(),
             });
         }
         let pods = self.pods.on_node(node);
@@ -72,6 +73,16 @@ impl Model {
             addresses: addresses.into_iter().collect(),
             services: Vec::new(),
         })
+    }
+
+    /// Where Services have their addresses: as the MeshConfig says, and where it does not, the
+    /// address of each, the cluster's DNS among them.
+    fn service_ranges(&self) -> Vec<IpNet> {
+        if !self.mesh.service_cidrs.is_empty() {
+            return self.mesh.service_cidrs.clone();
+        }
+        let vips: BTreeSet<IpAddr> = self.services.vips().copied().collect();
+        vips.into_iter().map(IpNet::from).collect()
     }
 
     /// The node that a PodNetwork or PodEgress is meant for.
