@@ -1,105 +1,29 @@
 //! One request on its way up: an endpoint, a connection, a try, and another if that is safe.
 
-use std::{cell::Cell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration};
+use std::{cell::Cell, future::poll_fn, pin::pin, rc::Rc, task::Poll, time::Duration};
 
 use http::{Method, Request, Response, StatusCode, Version, request::Parts};
 use hyper::body::Incoming;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
-use turnpike_rules::{route::Route, traffic::TrafficPolicy};
 
 use super::{
     body::{RequestBody, ResponseBody, Source},
+    destination::{Destination, Picker},
     exchange::{Exchange, Finish, WITHDRAWN},
     mirror::Copy,
     progress::{Interrupted, Progress},
 };
 use crate::{
-    circuit::Circuit,
     endpoint::Endpoint,
     error::{Fault, IDLE, ProxyError, Retry, answered_unprocessed},
     limits::Permit,
-    mesh::ServiceView,
     observe::Flags,
     pool::{Failed, Lease, Pool},
     retry::Plan,
-    service::Port,
-    shared::{Shared, SharedService},
+    shared::Shared,
     tls::Inside,
     worker::Worker,
 };
-
-/// Where a request goes, and under which limits.
-pub(crate) struct Destination {
-    pub(crate) picker: Picker,
-    pub(crate) circuit: Rc<Circuit>,
-    pub(crate) shared: Arc<SharedService>,
-    pub(crate) policy: Policy,
-    pub(crate) route: Option<Arc<Route>>,
-}
-
-#[derive(Clone)]
-pub(crate) enum Picker {
-    Among(Rc<Port>),
-    /// A pod that the caller chose.
-    Pod(Rc<Endpoint>),
-    /// This pod's own application.
-    Application(Rc<Endpoint>),
-}
-
-/// The policy, held by whatever it came in.
-#[derive(Clone)]
-pub(crate) enum Policy {
-    OfService(Arc<ServiceView>),
-    Own(Rc<TrafficPolicy>),
-}
-
-impl std::ops::Deref for Policy {
-    type Target = TrafficPolicy;
-
-    fn deref(&self) -> &TrafficPolicy {
-        match self {
-            Self::OfService(view) => &view.service.traffic,
-            Self::Own(policy) => policy,
-        }
-    }
-}
-
-impl Picker {
-    pub(crate) fn pick(&self, worker: &Worker, tried: &[Rc<Endpoint>]) -> Option<Rc<Endpoint>> {
-        match self {
-            Self::Among(port) => port.pick(worker, tried),
-            Self::Pod(endpoint) | Self::Application(endpoint) => Some(endpoint.clone()),
-        }
-    }
-
-    /// What stands there now. To be asked again before anything is dialled that was looked up a
-    /// while ago: by now the address may be that of a pod which must be spoken to in mutual TLS.
-    pub(crate) async fn renewed(&self, worker: &Rc<Worker>) -> Result<Self, ProxyError> {
-        match self {
-            Self::Application(_) => Ok(self.clone()),
-            Self::Pod(endpoint) => worker.pod_at(endpoint).await.map(Self::Pod),
-            Self::Among(port) => {
-                let key = &port.view.service.key;
-                let (_, port) = worker.port(key, port.port).await?;
-                Ok(Self::Among(port))
-            }
-        }
-    }
-
-    fn endpoints(&self) -> usize {
-        match self {
-            Self::Among(port) => port.endpoints(),
-            Self::Pod(_) | Self::Application(_) => 1,
-        }
-    }
-
-    fn has_mesh_peers(&self) -> bool {
-        match self {
-            Self::Among(port) => port.has_mesh_peers(),
-            Self::Pod(endpoint) | Self::Application(endpoint) => endpoint.peer.is_some(),
-        }
-    }
-}
 
 /// Counts towards an endpoint's load for as long as it exists.
 pub(crate) struct InFlight(Rc<Endpoint>);
@@ -160,7 +84,7 @@ pub(crate) async fn forward(
     let permit = to.shared.requests.try_acquire(limit);
     let permit = permit.ok_or_else(|| to.circuit.overflow("requests", limit))?;
     to.shared.budget.request(worker.shared.clock.now_ms());
-    let whole = whole_timeout(to);
+    let whole = to.whole_timeout();
     let deadline = whole.map(|whole| Instant::now() + whole);
     let idle = to.policy.timeouts.idle;
     exchange.progress.limit(idle);
@@ -211,22 +135,6 @@ async fn unless_interrupted<T>(
         }
     })
     .await
-}
-
-/// The route's own timeout goes first; zero switches it off.
-fn whole_timeout(to: &Destination) -> Option<Duration> {
-    let own = to.route.as_ref().and_then(|route| route.timeouts.request);
-    own.or(to.policy.timeouts.request)
-        .filter(|timeout| !timeout.is_zero())
-}
-
-fn try_timeout(to: &Destination) -> Option<Duration> {
-    let own = to
-        .route
-        .as_ref()
-        .and_then(|route| route.timeouts.backend_request);
-    own.or(to.policy.timeouts.per_try)
-        .filter(|timeout| !timeout.is_zero())
 }
 
 type Tried = (Response<Incoming>, Lease, Rc<Endpoint>, InFlight);
@@ -384,7 +292,7 @@ impl<'a> Tries<'a> {
             }
             Ok((response, lease))
         };
-        let Some(after) = try_timeout(self.to) else {
+        let Some(after) = self.to.try_timeout() else {
             return sent.await;
         };
         match timeout(after, sent).await {

@@ -5,6 +5,7 @@
 //! [`forward`]s; the response's [`body`] carries all that its end lets go of.
 
 pub(crate) mod body;
+pub(crate) mod destination;
 pub(crate) mod exchange;
 pub(crate) mod filters;
 pub(crate) mod forward;

@@ -17,8 +17,9 @@ use crate::{
     http::{
         self as proxy, Handler,
         body::ResponseBody,
+        destination::{Destination, Picker, Policy},
         exchange::{Connection, Exchange, Finish},
-        forward::{Destination, Picker, Policy, forward},
+        forward::forward,
         headers::{self, Checked},
         progress::{Judge, Live},
         upgrade::Asked,

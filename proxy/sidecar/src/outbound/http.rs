@@ -12,9 +12,10 @@ use crate::{
     http::{
         Handler,
         body::ResponseBody,
+        destination::{Destination, Picker, Policy},
         exchange::{Connection, Exchange, Finish},
         filters,
-        forward::{Answered, Destination, Picker, Policy, forward},
+        forward::{Answered, forward},
         headers::{self, Checked},
         mirror::Copy,
         upgrade::{self, Asked},

@@ -29,8 +29,8 @@ use crate::{
     error::ProxyError,
     http::{
         self as proxy,
+        destination::{Destination, Picker, Policy},
         exchange::Connection,
-        forward::{Destination, Picker, Policy},
         progress::UnderWay,
     },
     io::{Flight, Rewind, connect, first_flight, prepare, speaks},

@@ -1,7 +1,7 @@
 //! What is known, what was asked, and what must be subscribed. Pure: no locks, no clock, no I/O.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
     time::Duration,
@@ -15,9 +15,11 @@ use turnpike_rules::{
 };
 use turnpike_wire::{ads::Subscription, names, resource::Resource};
 
+use self::subscriptions::Subscriptions;
 use super::change::Change;
 use crate::mesh::{EndpointView, Lookup, ServiceView, ServiceWatch};
 
+mod subscriptions;
 #[cfg(test)]
 mod tests;
 
@@ -84,16 +86,6 @@ pub(super) struct ServiceEntry {
     /// `None`: asked for and not there yet.
     shards: BTreeMap<Arc<str>, Option<EndpointShard>>,
     pub(super) current: Option<watch::Sender<Arc<ServiceView>>>,
-}
-
-/// Changes that wait to be sent, merged by name, so that they are never more than the entries.
-#[derive(Debug, Default)]
-struct Subscriptions(BTreeMap<&'static str, Pending>);
-
-#[derive(Debug, Default)]
-struct Pending {
-    subscribe: BTreeSet<String>,
-    unsubscribe: BTreeSet<String>,
 }
 
 impl Index {
@@ -273,13 +265,7 @@ impl Index {
 
     /// The subscriptions that have changed since the last call.
     pub(super) fn take_subscriptions(&mut self) -> Vec<Subscription> {
-        let Subscriptions(pending) = std::mem::take(&mut self.subscriptions);
-        let subscription = |(type_url, pending): (&'static str, Pending)| Subscription {
-            type_url,
-            subscribe: pending.subscribe.into_iter().collect(),
-            unsubscribe: pending.unsubscribe.into_iter().collect(),
-        };
-        pending.into_iter().map(subscription).collect()
+        self.subscriptions.take()
     }
 
     pub(super) fn address_name(&self, ip: IpAddr) -> String {
@@ -456,20 +442,6 @@ impl Index {
                 .remove(EndpointShard::TYPE_URL, name.to_string());
         }
         self.unsaved = true;
-    }
-}
-
-impl Subscriptions {
-    fn add(&mut self, type_url: &'static str, name: String) {
-        let pending = self.0.entry(type_url).or_default();
-        pending.unsubscribe.remove(&name);
-        pending.subscribe.insert(name);
-    }
-
-    fn remove(&mut self, type_url: &'static str, name: String) {
-        let pending = self.0.entry(type_url).or_default();
-        pending.subscribe.remove(&name);
-        pending.unsubscribe.insert(name);
     }
 }
 
