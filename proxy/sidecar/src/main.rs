@@ -106,6 +106,14 @@ struct Args {
     /// Where spans and metrics go over OTLP (gRPC); nowhere without it.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     otlp_endpoint: Option<String>,
+    /// Sent with them: name=value, with commas between.
+    #[arg(
+        long,
+        env = "OTEL_EXPORTER_OTLP_HEADERS",
+        default_value = "",
+        hide_env_values = true
+    )]
+    otlp_headers: String,
     /// How often metrics go there, in milliseconds.
     #[arg(long, env = "OTEL_METRIC_EXPORT_INTERVAL", default_value_t = 15_000)]
     otlp_interval_ms: u64,
@@ -120,7 +128,8 @@ struct Settings {
     data_plane: Config,
     drain: Duration,
     pod: Pod,
-    otlp: Option<(String, Duration)>,
+    /// Without the resource, which the controller has to name.
+    otlp: Option<OtlpConfig>,
     json_log: bool,
 }
 
@@ -154,6 +163,7 @@ impl TryFrom<Args> for Settings {
             node_name,
             service_account,
             otlp_endpoint,
+            otlp_headers,
             otlp_interval_ms,
             log,
         } = args;
@@ -165,6 +175,7 @@ impl TryFrom<Args> for Settings {
             "OTEL_METRIC_EXPORT_INTERVAL must be above 0"
         );
         let otlp = otlp_endpoint.filter(|endpoint| !endpoint.is_empty());
+        let headers = otlp::headers(&otlp_headers)?;
         Ok(Self {
             control: ControlConfig {
                 controller: Controller {
@@ -191,7 +202,12 @@ impl TryFrom<Args> for Settings {
                 uid: pod_uid,
                 node: node_name,
             },
-            otlp: otlp.map(|endpoint| (endpoint, Duration::from_millis(otlp_interval_ms))),
+            otlp: otlp.map(|endpoint| OtlpConfig {
+                endpoint,
+                interval: Duration::from_millis(otlp_interval_ms),
+                headers,
+                resource: Vec::new(),
+            }),
             json_log: log == "json",
         })
     }
@@ -250,7 +266,10 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
         ended = control.ended() => return Err(ended.into()),
         () = stop.asked() => return Ok(()),
     };
-    let exports = otlp.map(|(endpoint, interval)| exports(&own, &pod, endpoint, interval));
+    let exports = otlp.map(|config| OtlpConfig {
+        resource: resource(&own, &pod),
+        ..config
+    });
     let telemetry = start_telemetry(&own, &cluster, exports.clone(), &mut tasks)?;
     // Set once: this function runs once.
     let _ = state.telemetry.set(telemetry.clone());
@@ -297,7 +316,12 @@ fn start_telemetry(
 ) -> anyhow::Result<Arc<Telemetry>> {
     let log = AccessLog::start(std::io::stdout()).context("starting the access log")?;
     tasks.spawn("access log", log.clone().ended());
-    let provider = exports.as_ref().map(otlp::tracer_provider).transpose()?;
+    let provider = exports.as_ref().map(otlp::tracer_provider).transpose();
+    // A pod does not stand still for want of telemetry.
+    let provider = provider.unwrap_or_else(|error| {
+        tracing::error!(%error, "spans are not exported");
+        None
+    });
     let labels = Own::new(&own.borrow(), cluster);
     let telemetry = Telemetry::new(labels, log, provider);
     telemetry.configure(&own.borrow().telemetry);
@@ -315,12 +339,7 @@ fn start_telemetry(
 }
 
 /// Source: <https://opentelemetry.io/docs/specs/semconv/resource/k8s/>.
-fn exports(
-    own: &watch::Receiver<Arc<SelfConfig>>,
-    pod: &Pod,
-    endpoint: String,
-    interval: Duration,
-) -> OtlpConfig {
+fn resource(own: &watch::Receiver<Arc<SelfConfig>>, pod: &Pod) -> Vec<(&'static str, String)> {
     let Pod {
         name,
         namespace,
@@ -333,7 +352,7 @@ fn exports(
     } else {
         workload
     };
-    let resource = vec![
+    vec![
         ("service.name", service),
         ("service.namespace", namespace.clone()),
         ("service.instance.id", uid.clone()),
@@ -341,12 +360,7 @@ fn exports(
         ("k8s.pod.name", name.clone()),
         ("k8s.pod.uid", uid.clone()),
         ("k8s.node.name", node.clone()),
-    ];
-    OtlpConfig {
-        endpoint,
-        interval,
-        resource,
-    }
+    ]
 }
 
 /// Logs to standard error; standard output is the access log's.

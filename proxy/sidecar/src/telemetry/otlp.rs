@@ -6,7 +6,7 @@ use std::{
 };
 
 use opentelemetry::{KeyValue, Value};
-use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig, WithTonicConfig};
 use opentelemetry_proto::tonic::{
     collector::metrics::v1::{
         ExportMetricsServiceRequest, metrics_service_client::MetricsServiceClient,
@@ -22,8 +22,13 @@ use opentelemetry_sdk::{
     Resource,
     trace::{Sampler, SdkTracerProvider},
 };
+use percent_encoding::percent_decode_str;
 use tokio::time::{interval, timeout};
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Request,
+    metadata::{MetadataKey, MetadataMap},
+    transport::{Channel, Endpoint},
+};
 
 use super::{
     Telemetry,
@@ -40,6 +45,8 @@ pub struct OtlpConfig {
     pub endpoint: String,
     /// How often metrics are sent.
     pub interval: Duration,
+    /// Sent with each export: what a collector asks for, a secret among it.
+    pub headers: MetadataMap,
     /// `service.name`, `k8s.pod.uid`…
     pub resource: Vec<(&'static str, String)>,
 }
@@ -47,6 +54,13 @@ pub struct OtlpConfig {
 /// Why nothing can be exported.
 #[derive(Debug, thiserror::Error)]
 pub enum OtlpError {
+    #[error(
+        "OTEL_EXPORTER_OTLP_ENDPOINT `{0}`: TLS is not spoken to collectors; name one in the cluster \
+         by http://, and let it send on"
+    )]
+    Https(String),
+    #[error("OTEL_EXPORTER_OTLP_HEADERS: entry {0} is not name=value, with lower-case names")]
+    Header(usize),
     #[error("OTEL_EXPORTER_OTLP_ENDPOINT `{endpoint}` cannot be used: {source}")]
     Spans {
         endpoint: String,
@@ -59,12 +73,42 @@ pub enum OtlpError {
     },
 }
 
+/// Reads `OTEL_EXPORTER_OTLP_HEADERS`: `name=value` with commas between, values percent-encoded. What
+/// is wrong is told by its place: a value may be a secret.
+/// Source: <https://opentelemetry.io/docs/specs/otel/protocol/exporter/>.
+pub fn headers(text: &str) -> Result<MetadataMap, OtlpError> {
+    let mut headers = MetadataMap::new();
+    let entries = text.split(',').enumerate();
+    for (index, entry) in entries.filter(|(_, entry)| !entry.trim().is_empty()) {
+        let wrong = || OtlpError::Header(index + 1);
+        let (name, value) = entry.split_once('=').ok_or_else(wrong)?;
+        let name = MetadataKey::from_bytes(name.trim().as_bytes()).map_err(|_| wrong())?;
+        let value = percent_decode_str(value.trim())
+            .decode_utf8()
+            .map_err(|_| wrong())?;
+        headers.insert(name, value.parse().map_err(|_| wrong())?);
+    }
+    Ok(headers)
+}
+
+fn plaintext(endpoint: &str) -> Result<(), OtlpError> {
+    let scheme = endpoint.split_once("://").map(|(scheme, _)| scheme);
+    match scheme {
+        Some(scheme) if scheme.eq_ignore_ascii_case("https") => {
+            Err(OtlpError::Https(endpoint.to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Makes the provider of spans. To be called on the runtime that the exporter's connection is to
 /// live on. Whether a request is sampled is decided before a span is begun, so all are kept.
 pub fn tracer_provider(config: &OtlpConfig) -> Result<SdkTracerProvider, OtlpError> {
+    plaintext(&config.endpoint)?;
     let exporter = SpanExporter::builder()
         .with_tonic()
         .with_endpoint(&config.endpoint)
+        .with_metadata(config.headers.clone())
         .with_timeout(TIMEOUT)
         .build()
         .map_err(|source| OtlpError::Spans {
@@ -108,6 +152,7 @@ struct Pusher {
 
 impl Pusher {
     fn new(config: OtlpConfig) -> Result<Self, OtlpError> {
+        plaintext(&config.endpoint)?;
         let endpoint = Endpoint::from_shared(config.endpoint.clone())
             .map_err(|source| OtlpError::Metrics {
                 endpoint: config.endpoint.clone(),
@@ -123,7 +168,8 @@ impl Pusher {
     }
 
     async fn push(&mut self, telemetry: &Telemetry) {
-        let request = request(&self.config, telemetry.metrics());
+        let mut request = Request::new(request(&self.config, telemetry.metrics()));
+        *request.metadata_mut() = self.config.headers.clone();
         let sent = timeout(TIMEOUT, self.client.export(request)).await;
         let failure = match sent {
             Ok(Ok(_)) => None,
@@ -304,4 +350,46 @@ fn nanos(time: SystemTime) -> u64 {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_read_as_the_specification_writes_them() {
+        let read = headers("authorization=Bearer%20a%2Cb, x-tenant = shop ,").unwrap();
+        assert_eq!(read.get("authorization").unwrap(), "Bearer a,b");
+        assert_eq!(read.get("x-tenant").unwrap(), "shop");
+        assert_eq!((read.len(), headers("").unwrap().len()), (2, 0));
+        for (text, place) in [
+            ("secret", "1"),
+            ("a=b,=secret", "2"),
+            ("a=b,A b=secret", "2"),
+            ("a=%00secret", "1"),
+        ] {
+            let error = headers(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("entry {place} ")), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn https_is_refused_with_what_to_do() {
+        for endpoint in ["https://collector:4317", "HTTPS://collector"] {
+            let config = OtlpConfig {
+                endpoint: endpoint.into(),
+                interval: TIMEOUT,
+                headers: MetadataMap::new(),
+                resource: vec![],
+            };
+            let spans = tracer_provider(&config).unwrap_err().to_string();
+            let metrics = Pusher::new(config).err().unwrap().to_string();
+            assert_eq!(spans, metrics);
+            assert!(
+                spans.contains("http://") && spans.contains(endpoint),
+                "{spans}"
+            );
+        }
+    }
 }

@@ -60,12 +60,21 @@ impl Collector {
     }
 }
 
+/// A collector that wants to be told who sends.
+fn admitted(metadata: &tonic::metadata::MetadataMap) -> Result<(), Status> {
+    match metadata.get("x-tenant") {
+        Some(tenant) if tenant == "shop one" => Ok(()),
+        other => Err(Status::unauthenticated(format!("x-tenant is {other:?}"))),
+    }
+}
+
 #[tonic::async_trait]
 impl TraceService for Collector {
     async fn export(
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        admitted(request.metadata())?;
         for resource in request.into_inner().resource_spans {
             let attributes = resource.resource.unwrap_or_default().attributes;
             let name = attributes.iter().find(|a| a.key == "service.name").unwrap();
@@ -87,6 +96,7 @@ impl MetricsService for Collector {
         &self,
         request: Request<ExportMetricsServiceRequest>,
     ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        admitted(request.metadata())?;
         self.metrics
             .send_modify(|all| all.push(request.into_inner()));
         Ok(Response::new(ExportMetricsServiceResponse::default()))
@@ -97,6 +107,7 @@ fn proxy(workload: &str, collector: SocketAddr) -> (Arc<Telemetry>, OtlpConfig) 
     let config = OtlpConfig {
         endpoint: format!("http://{collector}"),
         interval: Duration::from_millis(100),
+        headers: otlp::headers("x-tenant=shop%20one").unwrap(),
         resource: vec![("service.name", workload.to_owned())],
     };
     let mut own = own();

@@ -1,15 +1,15 @@
 //! Questions of the data plane and their answers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::{FutureExt, future::join_all};
 use tokio::time::timeout;
 use turnpike_rules::{
     service::{EndpointShard, Service},
     workload::{Destination, SelfConfig},
 };
 use turnpike_sidecar::{
-    control::{Control, snapshot},
+    control::{Control, snapshot, store::DEADLINE},
     mesh::{Directory, Lookup, ServiceWatch},
 };
 use turnpike_wire::resource::{Resource, pack};
@@ -152,15 +152,36 @@ async fn no_answer_within_the_deadline_is_not_a_no() {
     let pod = Pod::start(None).await;
     pod.server.hold("default/10.0.0.7");
     pod.server.put("default/10.0.0.7", "1", &workload(7));
-    let answer = timeout(PATIENCE, pod.control.store().destination(ip(7)))
-        .await
-        .unwrap();
-    assert!(matches!(answer, Lookup::Unanswered), "{answer:?}");
     pod.server.hold(&view("web"));
-    let none = timeout(PATIENCE, pod.control.store().service(&key("web")))
-        .await
-        .unwrap();
-    assert!(none.is_none());
+    let store = pod.control.store();
+    let began = Instant::now();
+    // Both at once, and a second question for what is asked already: each has the whole deadline.
+    let later = async {
+        tokio::time::sleep(DEADLINE / 2).await;
+        store.destination(ip(7)).await
+    };
+    let (answer, none, again) = tokio::join!(
+        store
+            .destination(ip(7))
+            .map(|answer| (answer, began.elapsed())),
+        store
+            .service(&key("web"))
+            .map(|none| (none, began.elapsed())),
+        later.map(|answer| (answer, began.elapsed())),
+    );
+    assert!(matches!(answer.0, Lookup::Unanswered), "{:?}", answer.0);
+    assert!(none.0.is_none());
+    assert!(matches!(again.0, Lookup::Unanswered), "{:?}", again.0);
+    let within = |took: Duration, deadline: Duration| {
+        let slack = Duration::from_secs(1);
+        assert!(
+            deadline <= took && took < deadline + slack,
+            "{took:?}, not {deadline:?}"
+        );
+    };
+    within(answer.1, Duration::from_secs(2));
+    within(none.1, Duration::from_secs(2));
+    within(again.1, Duration::from_secs(3));
     // The answer is taken when it comes.
     pod.server.let_go("default/10.0.0.7");
     let answer = timeout(PATIENCE, pod.control.store().destination(ip(7)))
