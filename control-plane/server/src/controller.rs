@@ -149,15 +149,6 @@ impl Controller {
         })
     }
 
-    /// Where gRPC is served.
-    pub fn grpc_address(&self) -> std::io::Result<SocketAddr> {
-        self.grpc.local_addr()
-    }
-
-    pub fn http_address(&self) -> std::io::Result<SocketAddr> {
-        self.http.local_addr()
-    }
-
     /// Serves until `stop`.
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let Self {
