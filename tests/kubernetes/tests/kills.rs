@@ -239,6 +239,14 @@ pub(crate) fn a_sidecar(cluster: &mut Cluster) -> Result<()> {
 
 pub(crate) fn a_node(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
+    let told = power_cut(cluster);
+    if !cluster.node_mut("node-a")?.is_running() {
+        cluster.node_mut("node-a")?.boot()?;
+    }
+    told
+}
+
+fn power_cut(cluster: &mut Cluster) -> Result<()> {
     let kubectl = cluster.kubectl.clone();
     cluster.node_mut("node-a")?.kill()?;
     // The other half serves, at once but for calls that were on their way.
@@ -260,11 +268,13 @@ pub(crate) fn a_node(cluster: &mut Cluster) -> Result<()> {
         )?;
         Ok(said.out.lines().filter(|line| *line == "200").count() == 20)
     })?;
-    kubectl.wait(
-        "default",
-        "node/node-a",
-        "condition=Ready=unknown",
+    soon(
         Duration::from_secs(60),
+        "the node is said to be gone",
+        || {
+            let listed = kubectl.ok(&["get", "node", "node-a", "--no-headers"])?;
+            Ok(listed.contains("NotReady"))
+        },
     )?;
     cluster.node_mut("node-a")?.boot()?;
     kubectl.wait(

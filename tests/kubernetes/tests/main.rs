@@ -13,6 +13,7 @@ mod bad_input;
 mod egress;
 mod kills;
 mod kinds;
+mod leftovers;
 mod load;
 mod probes;
 mod roads;
@@ -111,7 +112,16 @@ fn main() -> ExitCode {
     let trials = SUBJECTS
         .iter()
         .map(|&(name, test)| Trial::test(name, move || stage::run(name, test)));
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    let last = [
+        Trial::test(
+            "last_a_cluster_taken_down_leaves_nothing",
+            stage::leaves_nothing,
+        ),
+        Trial::test("last_what_a_killed_run_left_is_removed", || {
+            stage::alone(leftovers::of_a_killed_run)
+        }),
+    ];
+    let conclusion = libtest_mimic::run(&arguments, trials.chain(last).collect());
     stage::down();
     conclusion.exit_code()
 }

@@ -9,7 +9,11 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Failed;
 use turnpike_cluster::{Cluster, Options, Said, chart, kubectl::Kubectl};
-use turnpike_rig::wait_for;
+use turnpike_rig::{traces::Traces, wait_for};
+
+use crate::leftovers::nothing_of;
+
+const NAME: &str = "tpt-kube";
 
 pub(crate) type Test = fn(&mut Cluster) -> Result<()>;
 
@@ -30,6 +34,8 @@ enum Stage {
 thread_local! {
     /// Subjects run one after the other on the main thread, which alone may hold the machine's turn.
     static STAGE: RefCell<Stage> = RefCell::default();
+    /// What the machine had of the cluster's name before there was one.
+    static BEFORE: RefCell<Option<Traces>> = RefCell::default();
 }
 
 /// Runs one subject, on a cluster that is brought up for the first.
@@ -51,17 +57,33 @@ pub(crate) fn down() {
     STAGE.take();
 }
 
+/// Takes the cluster down, and looks for what is left of it.
+pub(crate) fn leaves_nothing() -> Result<(), Failed> {
+    alone(|| {
+        let before = BEFORE
+            .take()
+            .context("no cluster was brought up: run this with another")?;
+        nothing_of(NAME, &before)
+    })
+}
+
+/// Runs something that wants the machine to itself.
+pub(crate) fn alone(test: fn() -> Result<()>) -> Result<(), Failed> {
+    down();
+    test().map_err(|error| format!("{error:#}").into())
+}
+
 fn show(cluster: &mut Cluster, name: &str, test: Test) -> Result<(), Failed> {
     let begun = Instant::now();
     let result = catch_unwind(AssertUnwindSafe(|| test(cluster)))
         .unwrap_or_else(|panic| Err(anyhow::anyhow!("{}", said_by(&*panic))));
     eprintln!("    {name}: {:.1} s", begun.elapsed().as_secs_f64());
-    let result = result.map_err(|error| {
+    let result: Result<(), Failed> = result.map_err(|error| {
         eprintln!("{}", explain(cluster));
         format!("{error:#}").into()
     });
-    sweep(&cluster.kubectl, name)?;
-    result
+    let swept = sweep(&cluster.kubectl, name);
+    result.and(swept)
 }
 
 /// Deletes what a subject made: the smaller node has room for seventeen pods. The first three share
@@ -98,8 +120,12 @@ fn sweep(kubectl: &Kubectl, name: &str) -> Result<(), Failed> {
 fn light() -> Stage {
     let begun = Instant::now();
     let tell = |what: &str| eprintln!("  {:>5.1} s {what}", begun.elapsed().as_secs_f64());
+    if let Err(error) = Cluster::clean(NAME) {
+        return Stage::Failed(format!("cleaning up: {error:#}"));
+    }
+    BEFORE.set(Some(Traces::of(NAME)));
     let options = Options {
-        name: "tpt-kube".to_owned(),
+        name: NAME.to_owned(),
         keep: false,
     };
     let lit = Cluster::up(options, &tell).and_then(|cluster| {

@@ -1,6 +1,6 @@
 //! What a world leaves on a machine: looked for before and after, so that nothing stays unseen.
 
-use std::{collections::BTreeSet, fs, process::Command, time::Duration};
+use std::{collections::BTreeSet, fs, path::PathBuf, process::Command, time::Duration};
 
 use crate::{wait_for, world::folder_of};
 
@@ -15,7 +15,7 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// What is there now. What can bear a world's name (namespaces, mounts, processes, files) is
+    /// What is there now. What can bear a world's name (namespaces, mounts, processes, control groups, files) is
     /// looked for by it, the rest (links, rules) whole.
     pub fn of(name: &str) -> Self {
         let rules = output("nft", &["list", "ruleset"]) + &output("ip", &["rule"]);
@@ -23,6 +23,7 @@ impl Traces {
             ("namespace", list("/run/netns")),
             ("mount", lines(&read("/proc/self/mounts"))),
             ("process", processes()),
+            ("control group", groups()),
         ];
         let whole = [("link", list("/sys/class/net")), ("rule", lines(&rules))];
         let of = |kind: &str, all: Vec<String>| -> Vec<String> {
@@ -56,6 +57,19 @@ impl Traces {
             None => added(),
         }
     }
+}
+
+/// Every control group of every hierarchy.
+fn groups() -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = open.pop() {
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        open.extend(folders.map(|entry| entry.path()));
+        found.push(folder.display().to_string());
+    }
+    found
 }
 
 fn list(folder: &str) -> Vec<String> {

@@ -18,9 +18,9 @@ pub(super) fn run(name: &str) -> Result<ExitCode> {
     let screen = Screen::new();
     let begun = Instant::now();
     let cluster = bring_up(&screen, name)?;
-    let told: Vec<Told> = STEPS
-        .iter()
-        .map(|step| tell(&screen, &cluster, step))
+    let told: Vec<Told> = (1..)
+        .zip(STEPS)
+        .map(|(number, step)| tell(&screen, &cluster, number, &step))
         .collect();
     let held = told.iter().all(|step| step.evidence.held());
     screen.summary(&told, begun.elapsed());
@@ -69,7 +69,7 @@ fn values() -> serde_json::Value {
 }
 
 /// A step that cannot be told to its end is a claim that did not hold.
-fn tell(screen: &Screen, cluster: &Cluster, step: &Step) -> Told {
+fn tell(screen: &Screen, cluster: &Cluster, number: usize, step: &Step) -> Told {
     let bar = screen.begin(step.title);
     let begun = Instant::now();
     let evidence = (step.tell)(cluster).unwrap_or_else(|error| {
@@ -78,6 +78,7 @@ fn tell(screen: &Screen, cluster: &Cluster, step: &Step) -> Told {
         evidence
     });
     let told = Told {
+        number,
         title: step.title,
         time: begun.elapsed(),
         evidence,

@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     keep: bool,
     /// On a real Kubernetes of two nodes, which is left running to look around
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["steps", "report"])]
     kubernetes: bool,
     /// Where the report goes, as a page for a browser
     #[arg(long, default_value = "turnpike-demo.html")]

@@ -129,10 +129,11 @@ fn kubelet(plan: &Plan<'_>, group: &str) -> Value {
         "nodeStatusUpdateFrequency": "4s",
         // There is no registry to get an image back from.
         "imageGCHighThresholdPercent": 100,
-        // Two nodes share one machine's disk and memory: their limits are not the machine's.
+        // Two nodes share one machine's disk and memory. A share of either would be far too much on
+        // a large machine, and the box would evict itself.
         "evictionHard": {
-            "memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%",
-            "imagefs.available": "1%", "imagefs.inodesFree": "1%",
+            "memory.available": "100Mi", "nodefs.available": "200Mi", "nodefs.inodesFree": "1%",
+            "imagefs.available": "200Mi", "imagefs.inodesFree": "1%",
         },
     })
 }
