@@ -224,15 +224,6 @@ impl TryFrom<Args> for Settings {
                 "has no next port for introspection",
             ));
         };
-        if controller.contains("$(") {
-            // Kubelet starts the container again, and knows the Service then.
-            return Err(invalid(
-                "TURNPIKE_CONTROLLER",
-                controller,
-                "was not filled in by kubelet: the Service turnpike-controller did not exist when \
-                 this container was started",
-            ));
-        }
         let cooldown = cooldown(ip_cooldown_period)?;
         let eni_mtu = mtu("AWS_VPC_ENI_MTU", eni_mtu)?;
         let pod_mtu = if pod_mtu == 0 {
@@ -240,12 +231,11 @@ impl TryFrom<Args> for Settings {
         } else {
             mtu("POD_MTU", pod_mtu)?
         };
-        let given = |number: u32| (number > 0).then_some(number);
         Ok(Self {
             node_name,
             cluster,
             controller: Controller {
-                address: controller,
+                address: filled_in("TURNPIKE_CONTROLLER", controller)?,
                 server_name: controller_name,
                 root_file,
                 token_file,
@@ -263,12 +253,7 @@ impl TryFrom<Args> for Settings {
             exempt_namespaces,
             policy_wait: Duration::from_secs(policy_wait),
             address_wait: Duration::from_secs(address_wait),
-            targets: Targets {
-                warm_enis: warm_eni_target,
-                warm_addresses: given(warm_ip_target),
-                minimum_addresses: given(minimum_ip_target),
-                max_enis: u32::try_from(max_eni).ok().and_then(given),
-            },
+            targets: targets(warm_eni_target, warm_ip_target, minimum_ip_target, max_eni),
             cooldown,
             external_snat,
             exclude_snat: networks(&exclude_snat_cidrs)?,
@@ -298,6 +283,27 @@ fn invalid(
         value: value.to_string(),
         problem: problem.into(),
     }
+}
+
+fn targets(enis: u32, addresses: u32, minimum: u32, max_enis: i32) -> Targets {
+    let given = |number: u32| (number > 0).then_some(number);
+    Targets {
+        warm_enis: enis,
+        warm_addresses: given(addresses),
+        minimum_addresses: given(minimum),
+        max_enis: u32::try_from(max_enis).ok().and_then(given),
+    }
+}
+
+/// Kubelet leaves `$(…)` as it is where a Service did not exist when it started the container. It
+/// starts the container again, and knows the Service then.
+fn filled_in(variable: &'static str, value: String) -> Result<String, InvalidSetting> {
+    if value.contains("$(") {
+        let problem = "was not filled in by kubelet: the Service did not exist when this container \
+                       was started";
+        return Err(invalid(variable, value, problem));
+    }
+    Ok(value)
 }
 
 fn cooldown(seconds: u64) -> Result<Duration, InvalidSetting> {
