@@ -5,12 +5,16 @@
 //!    [`cluster::ClusterSource`] the Kubernetes API. What is valid is the same for both.
 //! 2. [`inject`] puts the sidecar into a pod: a pure function, asked by whoever creates pods from
 //!    a folder, and by the admission webhook.
+//! 3. [`status`] says on each object what became of it, [`keep`] keeps in the API what pods and the
+//!    API server need to trust the controller, [`notices`] tells pods that run outside of the mesh.
+//! 4. What does not work, and what to grant or mend, is in [`Impairments`].
 
 pub mod cluster;
 pub mod directory;
 mod impairments;
 pub mod inject;
 pub mod keep;
+pub mod notices;
 mod path;
 mod reading;
 mod source;

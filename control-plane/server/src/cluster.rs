@@ -14,6 +14,7 @@ use turnpike_kubernetes::{
     Impairments,
     cluster::{ClusterSource, Stores},
     keep::{InjectorBundle, RootConfigMaps},
+    notices::OutsiderNotices,
 };
 
 use crate::{
@@ -97,16 +98,16 @@ impl Cluster {
         } = self;
         tasks.spawn(roots.run());
         let statuses = StatusWriter {
-            client,
+            client: client.clone(),
             policies: stores.policies.clone(),
             discovery: discovery.clone(),
             applied: health.applied().clone(),
             impairments: health.impairments().clone(),
         };
-        let health = health.clone();
+        let synced = health.clone();
         tasks.spawn(async move {
             // Before, what a policy needs may yet come.
-            health.synced().await;
+            synced.synced().await;
             statuses.run().await;
         });
         if let Some(Webhook {
@@ -122,6 +123,14 @@ impl Cluster {
                 api: namespaces,
                 metrics: metrics.clone(),
             };
+            let notices = OutsiderNotices {
+                client: client.clone(),
+                namespaces: stores.namespaces.clone(),
+                outsiders: stores.outsiders.clone(),
+                impairments: health.impairments().clone(),
+                settings: settings.settings(),
+            };
+            tasks.spawn(notices.run());
             let tls = server_config_with(certificate, &ALPN, ClientAuth::None);
             tasks.spawn(webhook::serve(listener, tls, injector, stop.clone()));
             tasks.spawn(settings.follow());

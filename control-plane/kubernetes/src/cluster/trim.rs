@@ -12,7 +12,7 @@ use turnpike_api::Kind;
 const ZONE: &str = "topology.kubernetes.io/zone";
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// Of a pod, what `facts/pod.rs` of the model reads; a test of the controller holds the two
+/// Of a pod, what `facts/pod.rs` of the model reads; a test of the model's views below holds the two
 /// together.
 const POD_SPEC: [&str; 7] = [
     "containers",
@@ -108,6 +108,68 @@ mod tests {
                 "status": {"podIP": "10.0.0.1"},
             })
         );
+    }
+
+    /// All views of a pod that uses every field are the same without what is dropped.
+    #[test]
+    fn the_model_misses_nothing() {
+        use turnpike_api::Object;
+        use turnpike_model::{Model, Settings};
+        let probe = |port: u16| json!({"httpGet": {"port": port}, "periodSeconds": 5});
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": "web-5d4-x", "namespace": "shop", "uid": "u1", "generation": 1,
+                "labels": {"app": "web", "version": "v2", "pod-template-hash": "5d4"},
+                "annotations": {ZONE: "a", "other": "x"}, "managedFields": [],
+                "creationTimestamp": "2026-01-01T00:00:00Z",
+                "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet",
+                    "name": "web-5d4", "uid": "r", "controller": true}],
+            },
+            "spec": {
+                "nodeName": "node-a", "serviceAccountName": "web", "restartPolicy": "Always",
+                "securityContext": {"runAsUser": 1400}, "volumes": [{"name": "v"}],
+                "initContainers": [{"name": "turnpike-proxy", "restartPolicy": "Always",
+                    "image": "p", "ports": [{"containerPort": 15020}]}],
+                "containers": [{
+                    "name": "app", "image": "app", "env": [{"name": "A", "value": "b"}],
+                    "ports": [{"name": "web", "containerPort": 8080}],
+                    "livenessProbe": probe(9000), "readinessProbe": probe(9001),
+                    "startupProbe": probe(9002),
+                    "lifecycle": {"preStop": {"httpGet": {"port": 9003}}},
+                }],
+            },
+            "status": {
+                "phase": "Running", "podIP": "10.0.0.7", "podIPs": [{"ip": "10.0.0.7"}],
+                "conditions": [{"type": "Ready", "status": "True"}], "hostIP": "10.0.0.1",
+            },
+        });
+        let service = json!({
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"clusterIP": "10.96.0.1", "selector": {"app": "web"},
+                "ports": [{"port": 80, "targetPort": "web"}]},
+        });
+        let views = |pod: Value| {
+            let settings = Settings {
+                cluster: "cluster".into(),
+                trust_domain: "cluster.local".into(),
+                network: "default".into(),
+            };
+            let mut model = Model::new(settings);
+            for (kind, value) in [(Kind::Service, service.clone()), (Kind::Pod, pod)] {
+                model.apply(Object::deserialize(kind, value).unwrap());
+            }
+            let own = model.self_config("u1").unwrap();
+            assert_eq!(own.probe_ports, [9000, 9001, 9002, 9003]);
+            format!(
+                "{own:?} {:?} {:?} {:?} {:?}",
+                model.destination("default/10.0.0.7").unwrap(),
+                model.pod_network("cluster/shop/web-5d4-x").unwrap(),
+                model.members("cluster/node-a").unwrap(),
+                model.names(turnpike_model::ResourceType::Endpoints),
+            )
+        };
+        assert_eq!(views(trimmed(Kind::Pod, pod.clone())), views(pod));
     }
 
     #[test]

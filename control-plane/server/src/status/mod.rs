@@ -32,6 +32,8 @@ pub(crate) use judge::{Applied, judge};
 const INTERVAL: Duration = Duration::from_millis(250);
 /// Looking takes at most a tenth of a CPU, however many policies there are.
 const SHARE: u32 = 10;
+/// Between two writes of one verdict: the first failed, or somebody undid it.
+const RETRY: Duration = Duration::from_secs(5);
 /// Writes at once.
 const WRITERS: usize = 8;
 const WHAT: &str = "statuses of policies and routes";
@@ -61,6 +63,8 @@ struct Waiting(HashMap<ObjectKey, Wait>);
 struct Wait {
     verdict: Verdict,
     since: Instant,
+    /// After a failure, and after a write that did not last.
+    not_before: Option<Instant>,
     /// The version of the object that it was written for last.
     written: Option<String>,
 }
@@ -115,6 +119,7 @@ impl StatusWriter {
                 Some(wait) if wait.verdict == verdict => wait,
                 before => Wait {
                     since: now,
+                    not_before: None,
                     written: before.and_then(|before| before.written),
                     verdict,
                 },
@@ -122,8 +127,10 @@ impl StatusWriter {
             let patience = judge::patience(&wait.verdict, &object);
             // What was written for this very version is on its way back to us.
             let in_flight = wait.written.as_ref() == Some(&object.resource_version);
-            if now.duration_since(wait.since) >= patience && !in_flight {
+            let held_back = wait.not_before.is_some_and(|until| now < until);
+            if now.duration_since(wait.since) >= patience && !in_flight && !held_back {
                 wait.written = Some(object.resource_version.clone());
+                wait.not_before = Some(now + RETRY);
                 due.push(Due {
                     key: key.clone(),
                     object,
@@ -138,6 +145,9 @@ impl StatusWriter {
 
     async fn write(&self, due: Vec<Due>, waiting: &mut Waiting) {
         if due.is_empty() {
+            if waiting.0.is_empty() {
+                self.impairments.set(WHAT, None);
+            }
             return;
         }
         let writes = due.into_iter().map(
@@ -159,9 +169,7 @@ impl StatusWriter {
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
                 Err(error) => {
                     if let Some(wait) = waiting.0.get_mut(&key) {
-                        // Tried again, not in a hurry.
                         wait.written = None;
-                        wait.since = Instant::now();
                     }
                     failure = Some((key, error));
                 }

@@ -58,6 +58,20 @@ fn token_that_ended(api: &ApiServer, ago: u64) -> String {
     encode(&Header::new(Algorithm::ES256), &claims, &key).unwrap()
 }
 
+/// Why it gets no certificate.
+async fn refused(controller: &Controller, name: &str, token: &str) -> (Code, String) {
+    let client = controller.client(name, token);
+    let mut service = IstioCertificateServiceClient::new(client.connect().await.unwrap());
+    let request = IstioCertificateRequest {
+        csr: KeyRequest::new(&web()).unwrap().csr_pem().to_owned(),
+        validity_duration: 0,
+        metadata: None,
+    };
+    let request = client.request(request).await.unwrap();
+    let status = service.create_certificate(request).await.unwrap_err();
+    (status.code(), status.message().to_owned())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a real kube-apiserver: cargo verify kubernetes"]
 async fn callers_are_whom_the_api_server_says() {
@@ -80,18 +94,6 @@ async fn callers_are_whom_the_api_server_says() {
     );
     assert_eq!(issued["pod_uid"], uid);
 
-    let refused = async |name: &str, token: &str| {
-        let client = controller.client(name, token);
-        let mut service = IstioCertificateServiceClient::new(client.connect().await.unwrap());
-        let request = IstioCertificateRequest {
-            csr: KeyRequest::new(&web()).unwrap().csr_pem().to_owned(),
-            validity_duration: 0,
-            metadata: None,
-        };
-        let request = client.request(request).await.unwrap();
-        let status = service.create_certificate(request).await.unwrap_err();
-        (status.code(), status.message().to_owned())
-    };
     let fresh = "the token has expired; a fresh one is in the projected volume";
     for (name, token, expected) in [
         ("long-ended", token_that_ended(&api, 3600), fresh),
@@ -101,7 +103,7 @@ async fn callers_are_whom_the_api_server_says() {
             "the token is not meant for `istio-ca`; set that audience on the projected volume",
         ),
     ] {
-        let (code, message) = refused(name, &token).await;
+        let (code, message) = refused(&controller, name, &token).await;
         assert_eq!(
             (code, &*message),
             (Code::Unauthenticated, expected),
@@ -118,7 +120,7 @@ async fn callers_are_whom_the_api_server_says() {
         let key = EncodingKey::from_ec_der(&key.serialize_der());
         encode(&Header::new(Algorithm::ES256), &claims, &key).unwrap()
     };
-    let (code, message) = refused("forged", &forged).await;
+    let (code, message) = refused(&controller, "forged", &forged).await;
     assert_eq!(code, Code::Unauthenticated);
     assert!(
         message.starts_with("the API server does not accept the token"),
@@ -135,14 +137,14 @@ async fn callers_are_whom_the_api_server_says() {
         "--force",
         "--grace-period=0",
     ]);
-    let (code, message) = refused("gone", &before).await;
+    let (code, message) = refused(&controller, "gone", &before).await;
     assert_eq!(code, Code::Unauthenticated, "{message}");
 
     // Nobody to ask: refused in a way that says to come again, never accepted.
     api.apply(POD);
     let unseen = token(&api, "istio-ca");
     api.stop_server();
-    let (code, message) = refused("unseen", &unseen).await;
+    let (code, message) = refused(&controller, "unseen", &unseen).await;
     assert_eq!(code, Code::Unavailable, "{message}");
     assert!(
         message.starts_with("tokens cannot be verified now"),

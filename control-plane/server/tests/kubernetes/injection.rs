@@ -1,5 +1,7 @@
 //! Pods on their way in, by the real API server's own calls of the webhook.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::{
@@ -109,6 +111,7 @@ fn the_api_server_has_pods_injected() {
         );
     }
     who_goes_without_is_told(&api);
+    who_was_there_before_the_label_is_told(&api);
     settings_are_followed(&api, &controller);
     the_bundle_is_kept(&api, &first);
     while_it_is_away_no_pod_starts_outside(&api, controller);
@@ -154,6 +157,51 @@ fn who_goes_without_is_told(api: &ApiServer) {
     let said = api.try_create(&port);
     let expected = "turnpike: container `app` uses port 15006, which the sidecar needs";
     assert!(!said.ok && said.err.contains(expected), "{said:?}");
+}
+
+fn who_was_there_before_the_label_is_told(api: &ApiServer) {
+    api.namespace("old", "");
+    let owned = |n: u32| {
+        let owner = "ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: web-5d4, uid: \
+                     aaaa-1, controller: true}]";
+        let name = format!("name: web-5d4-{n}, {owner}");
+        pod(&name, "old", ", pod-template-hash: 5d4")
+    };
+    for n in 0..5 {
+        created(&api.try_create(&owned(n)));
+    }
+    created(&api.try_create(&pod("name: out", "old", &format!(", {LABEL}: disabled"))));
+    let label = format!("{LABEL}=enabled");
+    api.kubectl(&["label", "namespace", "old", &label]);
+    let told = || {
+        let events = api.get("old", "events").unwrap();
+        let events = events["items"].as_array().unwrap().iter();
+        let ours = events.filter(|event| event["reason"] == "OutsideMesh");
+        ours.map(|event| {
+            let text = |pointer: &str| event.pointer(pointer).unwrap().as_str().unwrap().to_owned();
+            (
+                text("/involvedObject/name"),
+                text("/type"),
+                text("/message"),
+            )
+        })
+        .collect::<Vec<_>>()
+    };
+    let all = eventually("pods of the Deployment are told", || {
+        Some(told()).filter(|t| t.len() >= 3)
+    });
+    let (name, kind, message) = &all[0];
+    assert_eq!((&**name, &**kind), ("web-5d4-0", "Warning"));
+    let restart = "restart it: kubectl --namespace old rollout restart deployment/web";
+    assert!(message.ends_with(restart), "{message}");
+    let described = api.kubectl(&["describe", "pod", "--namespace=old", "web-5d4-0"]);
+    assert!(described.contains(restart), "{described}");
+    std::thread::sleep(Duration::from_secs(8));
+    assert_eq!(
+        told().len(),
+        3,
+        "some of a workload, once, and not who opted out"
+    );
 }
 
 fn settings_are_followed(api: &ApiServer, controller: &Controller) {

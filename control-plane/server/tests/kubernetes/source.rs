@@ -138,9 +138,8 @@ fn lost_rights_are_named(api: &mut ApiServer, controller: &Controller) {
     // A watch that stands is not ended by a lost right; the controller asks anew twice a minute.
     let said = eventually("the lost right", || {
         controller
-            .rejections("trafficpolicies.turnpike.dev it cannot")
+            .rejections("trafficpolicies.turnpike.dev  it cannot be read")
             .pop()
-            .or_else(|| controller.rejections("trafficpolicies.turnpike.dev").pop())
     });
     assert!(
         said.contains("User \"system:serviceaccount:turnpike-system:turnpike-controller\" cannot"),
