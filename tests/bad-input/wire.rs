@@ -18,12 +18,17 @@ const CUT: Duration = Duration::from_secs(20);
 /// What is sent, and whether the sidecar can judge it: what is no HTTP goes on as the bytes it is.
 type Case = (&'static str, Vec<u8>, bool);
 
-fn cases() -> [Case; 7] {
+fn cases() -> [Case; 8] {
     let line = |head: &str| format!("{head}\r\n\r\n").into_bytes();
     let huge = format!(
         "GET / HTTP/1.1\r\nHost: w\r\nX-Big: {}",
         "a".repeat(512 * 1024)
     );
+    // None of them too long, all of them too much.
+    let fields: String = (0..20)
+        .map(|n| format!("\r\nX-{n}: {}", "a".repeat(6 * 1024)))
+        .collect();
+    let long = format!("GET /bad HTTP/1.1\r\nHost: w{fields}");
     [
         (
             "smuggling",
@@ -33,6 +38,7 @@ fn cases() -> [Case; 7] {
             true,
         ),
         ("huge header", line(&huge), true),
+        ("huge head", line(&long), true),
         (
             "two Hosts",
             line("GET /bad HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close"),

@@ -17,6 +17,11 @@ fn a_bad_object_is_reported_with_its_place_and_changes_nothing() {
         ("syntax", "kind: [unclosed".to_owned(), "line"),
         ("kind", "apiVersion: turnpike.dev/v1alpha1\nkind: TraficPolicy\nmetadata: {name: t}\n".into(), "TrafficPolicy"),
         ("field", policy("  targetRefs: [{kind: Service, name: web}]\n  timeuots: {request: 1s}\n"), "timeouts"),
+        (
+            "route",
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n  rules:\n  - timeouts: {requst: 1s}\n    backendRefs: [{name: web, port: 80}]\n".into(),
+            "requst",
+        ),
         ("value", policy("  targetRefs: [{kind: Service, name: web}]\n  timeouts: {request: soon}\n"), "request"),
         (
             "egress",

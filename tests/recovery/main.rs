@@ -13,7 +13,9 @@ use std::{
 
 use serde_json::Value;
 use turnpike_rig::{
-    Options, Traces, World, cluster,
+    Options, Traces, World,
+    capture::Capture,
+    cluster,
     daemon::Daemon,
     http,
     traffic::{Sample, Traffic},
@@ -89,6 +91,7 @@ struct Told {
 /// Leases and what the attacker hears are the same afterwards.
 fn killed(world: &mut World, part: Part) -> Told {
     let (leases, heard) = (leases(world), leaked(world));
+    let capture = Capture::start(world).unwrap();
     assert!(leases.len() >= 4, "{leases:?}");
     let pod = |world: &World, (namespace, name): (&str, &str)| -> Traffic {
         let url = if namespace == "shop" { WEB } else { PAYMENTS };
@@ -130,6 +133,13 @@ fn killed(world: &mut World, part: Part) -> Told {
     let attacks = attacks.unwrap().stop().unwrap();
     assert!(attacks.len() > 5, "only {} attacks", attacks.len());
     assert_eq!(leaked(world), heard, "something left meanwhile");
+    // Nor anything that only the way back was closed to.
+    let wire = capture.finish().unwrap();
+    let attacker = ATTACKER.parse().unwrap();
+    assert!(
+        !wire.is_empty() && !wire.reached_for(attacker),
+        "a packet left"
+    );
     assert_eq!(self::leases(world), leases, "the leases are not as before");
     verified(world);
     told

@@ -5,7 +5,7 @@
 //! order, so that a name in it may lie across two.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -38,6 +38,8 @@ pub struct Capture {
 pub struct Wire {
     /// Every frame, headers and payload alike.
     frames: Vec<Vec<u8>>,
+    /// Where packets of any protocol were bound for.
+    destinations: BTreeSet<IpAddr>,
     /// What each direction of each connection said, without its headers.
     streams: BTreeMap<Direction, Vec<Stream>>,
 }
@@ -141,6 +143,7 @@ impl Wire {
             ),
             _ => return,
         };
+        self.destinations.insert(destination);
         if let Some(TransportSlice::Tcp(tcp)) = &packet.transport {
             let direction = (
                 SocketAddr::new(source, tcp.source_port()),
@@ -162,6 +165,11 @@ impl Wire {
     /// Whether a TCP segment came from this address.
     pub fn heard(&self, source: IpAddr) -> bool {
         self.streams.keys().any(|(from, _)| from.ip() == source)
+    }
+
+    /// Whether anything was sent to this address, be it never answered.
+    pub fn reached_for(&self, destination: IpAddr) -> bool {
+        self.destinations.contains(&destination)
     }
 
     pub fn carried(&self, text: &str) -> bool {

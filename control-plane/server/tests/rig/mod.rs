@@ -4,9 +4,10 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU8, Ordering},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -98,7 +99,7 @@ impl Rig {
 
     pub(crate) fn prepare(yaml: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let listen = "127.0.0.1:0".into();
+        let listen = format!("{}:0", own_loopback());
         let rig = Self {
             folder,
             issuer: Issuer::new("k1"),
@@ -272,6 +273,17 @@ pub(crate) fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) ->
         assert!(Instant::now() < end, "{what} did not come");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// An address that no other rig has, and no client calls from. A controller that comes back to its
+/// port, which was free meanwhile, would on 127.0.0.1 find it taken now and then: by a connection of
+/// whatever else runs on this machine.
+fn own_loopback() -> Ipv4Addr {
+    static RIGS: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    // Neither 127.0.x.x nor 127.255.x.x.
+    let rig = RIGS.fetch_add(1, Ordering::Relaxed) % 254 + 1;
+    Ipv4Addr::new(127, rig, high, low)
 }
 
 fn replace(path: &Path, text: &str) {

@@ -95,11 +95,11 @@ fn second_interface(world: &World, evidence: &mut Evidence) -> Result<()> {
         name_of(&pod.object.metadata.namespace),
         name_of(&pod.object.metadata.name),
     );
-    super::curl(world, &namespace, &name, &[&target])?;
+    let said = super::curl(world, &namespace, &name, &[&target])?;
     let packets = sent_by(node, mac)?.saturating_sub(before);
     evidence.claim(
         says,
-        packets > 3,
+        packets > 3 && said.out.trim() == "200",
         format!("{name} {} of {}: {packets} packets", pod.address, eni["id"]),
     );
     Ok(())
