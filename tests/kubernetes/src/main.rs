@@ -1,7 +1,7 @@
 //! `turnpike-cluster`: builds Kubernetes, brings a cluster up in the box, takes it down; and is the
 //! first process of the cluster's nodes.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -45,7 +45,17 @@ enum Command {
     Init { machine: PathBuf },
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\n{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let progress = |what: &str| eprintln!("{what}");
     match Cli::parse().command {
         Command::Build => build::build(&build::Cache::open()?),

@@ -50,7 +50,8 @@ fn roads(cluster: &Cluster) -> Result<Evidence> {
     for (namespace, meshed) in [(SHOP, true), (LEGACY, false)] {
         objects.push(workloads::namespace(namespace, meshed));
     }
-    objects.extend(workloads::web(SHOP, "web", 2));
+    // All on one node, the clients on the other, so that every call crosses.
+    objects.extend(workloads::web_on("node-a", SHOP, "web", 2));
     objects.extend(workloads::client(SHOP, "client", "client", "node-b"));
     objects.extend(workloads::client(
         SHOP,

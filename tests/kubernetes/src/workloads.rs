@@ -44,6 +44,18 @@ pub fn web(namespace: &str, name: &str, replicas: u32) -> Vec<Value> {
     ]
 }
 
+/// As [`web`], with all pods on one node.
+pub fn web_on(node: &str, namespace: &str, name: &str, replicas: u32) -> Vec<Value> {
+    let mut objects = web(namespace, name, replicas);
+    for object in &mut objects {
+        if object["kind"] == "Deployment" {
+            object["spec"]["template"]["spec"]["nodeSelector"] =
+                json!({"kubernetes.io/hostname": node});
+        }
+    }
+    objects
+}
+
 /// The pod of [`web`], probed in each of the three ways.
 pub fn web_pod(name: &str) -> Value {
     json!({

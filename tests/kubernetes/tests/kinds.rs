@@ -102,17 +102,14 @@ pub(crate) fn stateful_sets(cluster: &mut Cluster) -> Result<()> {
 pub(crate) fn beside_the_mesh(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
-    let mut objects = Vec::new();
-    for (name, mut pod) in [("out", workloads::client(NAMESPACE, "out", "out", "node-a"))] {
-        if let Some(pod) = pod.last_mut() {
-            pod["metadata"]["labels"]["turnpike.dev/inject"] = "disabled".into();
-            let mut spec = workloads::web_pod(name);
-            let server = spec["containers"][0].take();
-            if let Some(containers) = pod["spec"]["containers"].as_array_mut() {
-                containers.push(server);
-            }
+    // A client and a server in one pod.
+    let mut objects = workloads::client(NAMESPACE, "out", "out", "node-a");
+    if let Some(pod) = objects.last_mut() {
+        pod["metadata"]["labels"]["turnpike.dev/inject"] = "disabled".into();
+        let server = workloads::web_pod("out")["containers"][0].take();
+        if let Some(containers) = pod["spec"]["containers"].as_array_mut() {
+            containers.push(server);
         }
-        objects.extend(pod);
     }
     kubectl.apply(&workloads::list(&objects))?;
     kubectl.wait(NAMESPACE, "pod/out", "condition=Ready", SOON)?;

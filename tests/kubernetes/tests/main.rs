@@ -4,11 +4,6 @@
 //! in this order, since the last two change what is installed. When one fails, what explains it is
 //! printed: events, pods, the ends of logs.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test ends where something is not as it should be"
-)]
-
 mod bad_input;
 mod egress;
 mod kills;
@@ -21,6 +16,7 @@ mod rollout;
 mod routes;
 mod sidecars;
 mod stage;
+mod tour;
 mod upgrade;
 mod wire;
 
@@ -82,6 +78,10 @@ const SUBJECTS: &[(&str, Test)] = &[
     (
         "7_a_pod_without_a_sidecar_calls_and_is_called_by_mode",
         kinds::beside_the_mesh,
+    ),
+    (
+        "demo_the_tour_holds_and_its_walk_through_works",
+        tour::holds,
     ),
     ("bad_labels", bad_input::labels),
     ("bad_the_proxys_own_user", bad_input::the_proxys_user),

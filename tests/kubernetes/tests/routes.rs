@@ -151,7 +151,7 @@ fn says(cluster: &Cluster, name: &str, condition: &str, status: &str) -> Result<
                     && c["status"] == status
                     && c["observedGeneration"] == *generation
             })
-            .last();
+            .next_back();
         message = found
             .as_ref()
             .and_then(|c| c["message"].as_str())

@@ -3,40 +3,39 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use turnpike_cluster::{Cluster, kubectl::name_of};
+use k8s_openapi::api::core::v1::Pod;
+use turnpike_cluster::{Cluster, kubectl::name_of, workloads};
 use turnpike_rig::{otlp::Span, wait_for};
 
 use crate::{
-    roads::{address, cast, web_pods},
-    stage::{EFFECT, curl, soon},
+    roads::{address, cast},
+    stage::{EFFECT, SOON, curl, passes_soon, soon},
 };
 
 const SECRET: &str = "x-card: 4242-4242-4242-4242";
 const OPEN: &str = "x-open: seen-by-everyone";
 
-/// The web pod on the node where the clients are not.
-fn across(cluster: &Cluster, namespace: &str) -> Result<k8s_openapi::api::core::v1::Pod> {
-    let on = |pod: &k8s_openapi::api::core::v1::Pod| {
-        pod.spec.as_ref().and_then(|spec| spec.node_name.clone())
-    };
-    let mut pods = web_pods(cluster, namespace)?;
-    pods.retain(|pod| on(pod).as_deref() == Some("node-a"));
-    pods.pop()
-        .with_context(|| format!("a web pod of {namespace} on node-a"))
+/// A server on the node where the clients are not: every call to it crosses.
+fn far(cluster: &Cluster) -> Result<Pod> {
+    cast(cluster)?;
+    let far = workloads::web_on("node-a", "mesh", "far", 1);
+    cluster.kubectl.apply(&workloads::list(&far))?;
+    cluster.kubectl.rolled_out("mesh", "deploy/far", SOON)?;
+    passes_soon(&cluster.kubectl, "mesh", "client", "http://far.mesh/")?;
+    let mut pods = cluster.kubectl.list::<Pod>("mesh", "app=far")?;
+    pods.pop().context("its pod")
 }
 
 pub(crate) fn mtls(cluster: &mut Cluster) -> Result<()> {
-    cast(cluster)?;
     let kubectl = &cluster.kubectl;
-    let open = format!("http://{}:8080/", address(&across(cluster, "mesh")?)?);
+    let open = format!("http://{}:8080/", address(&far(cluster)?)?);
     let capture = cluster.capture()?;
-    // More calls than endpoints, so that some cross.
     for _ in 0..8 {
         let said = curl(
             kubectl,
             "mesh",
             "client",
-            &["-H", SECRET, "http://web.mesh/cards"],
+            &["-H", SECRET, "http://far.mesh/cards"],
         )?;
         ensure!(said.out == "200", "a call in the mesh: {}", said.all());
     }
@@ -48,27 +47,25 @@ pub(crate) fn mtls(cluster: &mut Cluster) -> Result<()> {
     );
     let wire = capture.finish()?;
     ensure!(wire.carried(OPEN), "the capture would have shown plaintext");
-    // Not the path too: spans name it, and the box's collector takes them in plaintext.
     ensure!(
-        !wire.carried(SECRET),
+        !wire.carried(SECRET) && !wire.carried("/cards"),
         "a call in the mesh was readable between the nodes"
     );
     ensure!(
-        wire.carried("p80.web.mesh.cluster.svc.turnpike"),
+        wire.carried("p80.far.mesh.cluster.svc.turnpike"),
         "no TLS to the Service by name was seen"
     );
     Ok(())
 }
 
 pub(crate) fn telemetry(cluster: &mut Cluster) -> Result<()> {
-    cast(cluster)?;
-    let server = name_of(&across(cluster, "mesh")?);
+    let server = name_of(&far(cluster)?);
     for _ in 0..8 {
         let said = curl(
             &cluster.kubectl,
             "mesh",
             "client",
-            &["http://web.mesh/traced"],
+            &["http://far.mesh/traced"],
         )?;
         ensure!(said.out == "200", "a call to be traced: {}", said.all());
     }

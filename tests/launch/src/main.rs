@@ -111,6 +111,20 @@ fn checks() -> Result<(), String> {
         eprintln!("another clippy than {CLIPPY}: what it warns of fails nothing");
     }
     steps::cargo("lints", &lints)?;
+    // Not among all targets, because a plain `cargo test` leaves it out.
+    steps::cargo(
+        "lints of the tests on Kubernetes",
+        &[
+            "clippy",
+            "-p",
+            "turnpike-cluster",
+            "--test",
+            "kubernetes",
+            "--",
+            "--deny",
+            "warnings",
+        ],
+    )?;
     if machine::has("cargo-deny") {
         // Not its advisories: their database comes from outside, where not every machine may look.
         // `cargo deny check advisories` asks it.
@@ -161,7 +175,20 @@ fn kubernetes(filter: &[&str]) -> Result<(), String> {
         arguments.push("--");
         arguments.extend(filter);
     }
-    steps::cargo("tests on Kubernetes", &arguments)
+    steps::cargo("tests on Kubernetes", &arguments)?;
+    if filter.is_empty() {
+        let ignored = [
+            "test",
+            "-p",
+            "turnpike-server",
+            "--test",
+            "kubernetes",
+            "--",
+            "--ignored",
+        ];
+        steps::cargo("the controller beside an API server", &ignored)?;
+    }
+    Ok(())
 }
 
 fn bench(rest: &[&str]) -> Result<(), String> {
