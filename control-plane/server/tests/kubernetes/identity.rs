@@ -3,11 +3,17 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
 use serde_json::{Value, json};
 use tonic::Code;
 use turnpike_certs::{KeyRequest, TrustBundle, peer_identity};
 use turnpike_rules::Identity;
+use turnpike_server::ca::RootSecret;
 use turnpike_wire::{
     ca::{
         IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
@@ -80,6 +86,7 @@ async fn callers_are_whom_the_api_server_says() {
     api.install_crds();
     api.namespace("shop", "");
     api.apply(POD);
+    a_race_for_the_root_has_one_winner(&api).await;
     let controller = Controller::start(&api);
 
     let client = controller.client("good", &token(&api, "istio-ca"));
@@ -150,6 +157,30 @@ async fn callers_are_whom_the_api_server_says() {
         message.starts_with("tokens cannot be verified now"),
         "{message}"
     );
+}
+
+/// All ask before any has made it, and all leave with the same.
+async fn a_race_for_the_root_has_one_winner(api: &ApiServer) {
+    let config = Kubeconfig::read_from(api.path("admin.conf")).unwrap();
+    let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await;
+    let client = Client::try_from(config.unwrap()).unwrap();
+    let racers = (0..8).map(|_| {
+        let secret = RootSecret::new(client.clone(), "turnpike-system", "race");
+        async move {
+            let root = secret
+                .root("cluster.local", SystemTime::now())
+                .await
+                .unwrap();
+            root.certificate_pem().to_owned()
+        }
+    });
+    let roots = futures_util::future::join_all(racers).await;
+    assert!(roots.iter().all(|root| *root == roots[0]), "{roots:?}");
+    let kept = api.get("turnpike-system", "secret/race").unwrap();
+    let kept = STANDARD
+        .decode(kept["data"]["root.pem"].as_str().unwrap())
+        .unwrap();
+    assert_eq!(kept, roots[0].as_bytes());
 }
 
 #[test]

@@ -114,6 +114,7 @@ fn the_api_server_has_pods_injected() {
     who_was_there_before_the_label_is_told(&api);
     settings_are_followed(&api, &controller);
     the_bundle_is_kept(&api, &first);
+    what_the_source_does_not_know_is_asked(&api, &controller);
     while_it_is_away_no_pod_starts_outside(&api, controller);
 }
 
@@ -248,6 +249,46 @@ fn the_bundle_is_kept(api: &ApiServer, first: &str) {
     ]);
     eventually("the caBundle again", || {
         (bundle(api)? == first).then_some(())
+    });
+}
+
+/// The API server knows of a label that the controller's watch has not brought.
+fn what_the_source_does_not_know_is_asked(api: &ApiServer, controller: &Controller) {
+    let rights = api.chart(&["rbac.yaml"]);
+    let watched =
+        "resources: [namespaces, serviceaccounts, services, pods]\n  verbs: [get, list, watch]";
+    let with = |verbs: &str| {
+        let others = watched.replace("namespaces, ", "");
+        let only =
+            format!("{others}\n- apiGroups: [\"\"]\n  resources: [namespaces]\n  verbs: [{verbs}]");
+        assert!(rights.contains(watched), "{rights}");
+        rights.replace(watched, &only)
+    };
+    api.apply(&with("get"));
+    eventually("the watch of namespaces has ended", || {
+        controller.rejections("namespaces  it cannot be read").pop()
+    });
+    api.namespace("unseen", &format!("{LABEL}: enabled"));
+    let said = api.try_create(&pod("name: asked", "unseen", ""));
+    let made = api.get("unseen", &created(&said)).unwrap();
+    assert_eq!(init_containers(&made), ["turnpike-proxy"]);
+
+    // Not even that may be asked: the pod does not start outside of the mesh.
+    api.apply(&with("create"));
+    let said = eventually("a denial", || {
+        let said = api.try_create(&pod("generateName: unasked-", "unseen", ""));
+        (!said.ok).then_some(said)
+    });
+    let expected = "turnpike: whether pods of the namespace unseen get a sidecar cannot be read";
+    assert!(
+        said.err.contains(expected) && said.err.contains("try again"),
+        "{said:?}"
+    );
+    api.apply(&rights);
+    eventually("pods again", || {
+        api.try_create(&pod("generateName: again-", "unseen", ""))
+            .ok
+            .then_some(())
     });
 }
 
