@@ -6,9 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use turnpike_rig::{World, http};
+use turnpike_rig::{World, http, wait_for};
 
-use super::{served, world};
+use super::{SOON, served, world};
 
 /// Callers that never finish their request.
 const SLOW: usize = 40;
@@ -80,12 +80,10 @@ fn garbage_on_the_wire_is_closed_counted_and_neighbours_are_served() {
                 response.status
             );
         }
-        let counted = malformed(&world) - before;
-        assert_eq!(
-            counted,
-            u64::from(judged),
-            "{name} is counted {counted} times"
-        );
+        // It counts when the connection has ended, a little after the answer.
+        let counted = || malformed(&world) - before;
+        wait_for(SOON, || (counted() == u64::from(judged)).then_some(()));
+        assert_eq!(counted(), u64::from(judged), "{name}");
         assert!(served(&world), "after {name}");
     }
     let seen = std::fs::read_to_string(web.scratch().join("access.log")).unwrap();
@@ -103,7 +101,9 @@ fn garbage_on_the_wire_is_closed_counted_and_neighbours_are_served() {
     for stream in held {
         assert!(is_cut(stream, begun), "a slow peer is still held");
     }
-    assert_eq!(slow(&world) - before, SLOW as u64);
+    let counted = || slow(&world) - before;
+    wait_for(SOON, || (counted() == SLOW as u64).then_some(()));
+    assert_eq!(counted(), SLOW as u64);
     let sidecar = web.sidecar.as_ref().unwrap();
     assert_eq!(sidecar.pid(), process);
     assert!(sidecar.log().lines().all(|line| !line.contains("panicked")));
