@@ -34,7 +34,13 @@ pub struct Tombstones {
 impl Tombstones {
     /// The folder beside the CNI socket; root's alone.
     pub fn beside(socket: &Path) -> io::Result<Self> {
-        let folder = socket.parent().unwrap_or(Path::new("/")).join("removed");
+        let above = socket.parent().unwrap_or(Path::new("/"));
+        let folder = above.join("removed");
+        // What is beside it is not root's alone.
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(above)?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)

@@ -71,6 +71,10 @@ impl Tombstone {
     }
 
     fn write_into(&self, folder: &Path) -> io::Result<()> {
+        // After a boot nothing is there yet, and the agent's folder is open to the gate as well.
+        let mut open = DirBuilder::new();
+        open.recursive(true).mode(0o755);
+        folder.parent().map_or(Ok(()), |above| open.create(above))?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)

@@ -275,10 +275,17 @@ impl Cluster {
             ));
         }
         for node in &self.nodes {
-            let pid = node.init_pid()?;
+            // Looked for each time, because a node that boots again has another.
+            let process = node.process_file();
+            let process = process.display();
             scripts.push((
                 node.name.clone(),
-                format!("[ $# -gt 0 ] || set -- bash\nexec nsenter --target {pid} --all --root --wd \"$@\""),
+                format!(
+                    "outer=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/' {process})\n\
+                     read -r pid _ < /proc/$outer/task/$outer/children\n\
+                     [ $# -gt 0 ] || set -- bash\n\
+                     exec nsenter --target \"$pid\" --mount --pid --net --uts --ipc --root --wd \"$@\""
+                ),
             ));
         }
         for (name, script) in scripts {

@@ -208,6 +208,8 @@ pub(crate) fn a_token_that_is_no_longer_good(cluster: &mut Cluster) -> Result<()
     passes_soon(kubectl, NAMESPACE, "orphan", "http://web/")?;
     // Its account is gone, and with it the token's worth; then the sidecar has to begin anew.
     kubectl.ok(&["-n", NAMESPACE, "delete", "serviceaccount", "orphan"])?;
+    // The API server believes what it has verified for ten seconds.
+    std::thread::sleep(std::time::Duration::from_secs(12));
     cluster
         .node("node-b")?
         .kill_container(NAMESPACE, "orphan", "turnpike-proxy")?;

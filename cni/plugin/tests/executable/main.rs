@@ -196,6 +196,21 @@ fn without_an_agent_del_is_noted_and_the_others_are_told_to_try_again() {
     assert_eq!(content, expected);
 }
 
+/// After a boot the agent's folder is not there yet, and the gate's user must pass through it later.
+#[test]
+fn a_del_before_the_agents_first_start_leaves_its_folder_open() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let world = World::without_agent();
+    let folder = world.folder.path().join("turnpike");
+    let mut config = world.config("1.1.0");
+    config["agentSocket"] = json!(folder.join("cni.sock"));
+    let deleted = execute(&variables("DEL"), &config.to_string());
+    assert_eq!(deleted, (true, Value::Null));
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&folder), 0o755);
+    assert_eq!(mode(&folder.join("removed")), 0o700, "root's alone");
+}
+
 #[test]
 fn an_agent_that_hangs_is_given_up_at_the_deadline() {
     let world = World::new();

@@ -133,6 +133,11 @@ impl Node {
             .with_context(|| format!("{} has not booted", self.name))
     }
 
+    /// Where its outer process is noted, whose only child is its first.
+    pub(crate) fn process_file(&self) -> PathBuf {
+        self.daemon.folder().join(format!("{}.process", self.name))
+    }
+
     /// Runs a command on the node, among its processes and files.
     pub fn run(&self, line: &[&str]) -> Result<Said> {
         let output = std::process::Command::new("nsenter")
