@@ -160,6 +160,7 @@ pub(crate) fn a_wrong_image(cluster: &mut Cluster) -> Result<()> {
 pub(crate) fn rights_taken_away(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
+    passes_soon(kubectl, NAMESPACE, "client", "http://web/")?;
     let binding = kubectl.ok(&[
         "get",
         "clusterrolebinding",
@@ -208,8 +209,8 @@ pub(crate) fn a_token_that_is_no_longer_good(cluster: &mut Cluster) -> Result<()
     passes_soon(kubectl, NAMESPACE, "orphan", "http://web/")?;
     // Its account is gone, and with it the token's worth; then the sidecar has to begin anew.
     kubectl.ok(&["-n", NAMESPACE, "delete", "serviceaccount", "orphan"])?;
-    // The API server believes what it has verified for ten seconds.
-    std::thread::sleep(std::time::Duration::from_secs(12));
+    // The controller remembers a verdict for half a minute, the API server for ten seconds.
+    std::thread::sleep(std::time::Duration::from_secs(45));
     cluster
         .node("node-b")?
         .kill_container(NAMESPACE, "orphan", "turnpike-proxy")?;

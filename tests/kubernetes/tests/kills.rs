@@ -249,8 +249,9 @@ pub(crate) fn a_node(cluster: &mut Cluster) -> Result<()> {
 fn power_cut(cluster: &mut Cluster) -> Result<()> {
     let kubectl = cluster.kubectl.clone();
     cluster.node_mut("node-a")?.kill()?;
-    // The other half serves, at once but for calls that were on their way.
-    soon(EFFECT, "the other node's pods serve", || {
+    // The other half serves. Half of the cluster's DNS is gone too, until that is noticed.
+    let noticed = Duration::from_secs(60);
+    soon(noticed, "the other node's pods serve", || {
         let said = kubectl.exec(
             NAMESPACE,
             "client/curl",

@@ -21,7 +21,6 @@ fn far(cluster: &Cluster) -> Result<Pod> {
     let far = workloads::web_on("node-a", "mesh", "far", 1);
     cluster.kubectl.apply(&workloads::list(&far))?;
     cluster.kubectl.rolled_out("mesh", "deploy/far", SOON)?;
-    passes_soon(&cluster.kubectl, "mesh", "client", "http://far.mesh/")?;
     let mut pods = cluster.kubectl.list::<Pod>("mesh", "app=far")?;
     pods.pop().context("its pod")
 }
@@ -29,7 +28,9 @@ fn far(cluster: &Cluster) -> Result<Pod> {
 pub(crate) fn mtls(cluster: &mut Cluster) -> Result<()> {
     let kubectl = &cluster.kubectl;
     let open = format!("http://{}:8080/", address(&far(cluster)?)?);
+    // From the first call on, since the connection between the sidecars is kept for the next.
     let capture = cluster.capture()?;
+    passes_soon(kubectl, "mesh", "client", "http://far.mesh/")?;
     for _ in 0..8 {
         let said = curl(
             kubectl,
