@@ -142,16 +142,14 @@ fn says(cluster: &Cluster, name: &str, condition: &str, status: &str) -> Result<
             .as_array()
             .cloned()
             .unwrap_or_default();
-        let conditions = parents
+        let mut conditions = parents
             .iter()
             .flat_map(|parent| parent["conditions"].as_array().cloned().unwrap_or_default());
-        let found = conditions
-            .filter(|c| {
-                c["type"] == condition
-                    && c["status"] == status
-                    && c["observedGeneration"] == *generation
-            })
-            .next_back();
+        let found = conditions.rfind(|c| {
+            c["type"] == condition
+                && c["status"] == status
+                && c["observedGeneration"] == *generation
+        });
         message = found
             .as_ref()
             .and_then(|c| c["message"].as_str())
