@@ -20,24 +20,25 @@ use crate::{
 /// The most requests one run sends, however long it lasts.
 const LIMIT: usize = 5_000;
 
-/// What curl says of one request: its status, `000` for none.
+/// What curl says of one request: its status, `000` for none, and why there is none.
 const CURL: [&str; 8] = [
     "curl",
     "-sk",
     "-o",
     "/dev/null",
     "-w",
-    "%{http_code}",
+    "%{http_code} %{exitcode} %{errormsg}",
     "--max-time",
     "2",
 ];
 
-/// One request: when it began and ended, and the status (0: none came).
-#[derive(Clone, Copy, Debug)]
+/// One request: when it began and ended, the status (0: none came), and all that was said.
+#[derive(Clone, Debug)]
 pub struct Sample {
     pub at: Instant,
     pub end: Instant,
     pub status: u16,
+    pub said: String,
 }
 
 /// Requests one after the other until [`stop`](Self::stop).
@@ -78,10 +79,14 @@ fn run(command: &Command, namespace: &Namespace, goes_on: &AtomicBool) -> Vec<Sa
             .output(namespace)
             .map(|output| output.stdout)
             .unwrap_or_default();
+        let said = String::from_utf8_lossy(&said).trim().to_owned();
+        let status = said.split(' ').next().unwrap_or_default();
+        let status = status.parse().unwrap_or(0);
         samples.push(Sample {
             at,
             end: Instant::now(),
-            status: String::from_utf8_lossy(&said).trim().parse().unwrap_or(0),
+            status,
+            said,
         });
         thread::sleep(Duration::from_millis(30));
     }
