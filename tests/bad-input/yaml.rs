@@ -109,10 +109,9 @@ fn conflict(world: &World, policy: &dyn Fn(&str) -> String) {
         let policies = status["policies"].as_array()?;
         let second = |policy: &&Value| policy["object"] == "TrafficPolicy shop/u";
         let conflicted = policies.iter().find(second)?.clone();
-        conflicted
-            .to_string()
-            .contains("Conflicted")
-            .then_some(conflicted)
+        // The place follows when changes have settled.
+        let told = conflicted.to_string().contains("Conflicted") && conflicted["place"].is_object();
+        told.then_some(conflicted)
     });
     let told = told.expect("the conflict was not reported");
     let place = serde_json::json!({"file": "b-second.yaml", "line": 6, "field": "spec.targetRefs"});
