@@ -5,6 +5,10 @@ use std::{
     net::{IpAddr, TcpListener},
     path::Path,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::SystemTime,
 };
 
@@ -48,6 +52,8 @@ pub(crate) const NAME: &str = "turnpike-controller.turnpike-system.svc";
 pub(crate) struct Control {
     pub(crate) authority: Authority,
     pub(crate) roots: TrustBundle,
+    /// Certificates given out.
+    pub(crate) issued: Arc<AtomicUsize>,
     egress: watch::Sender<Vec<PodEgress>>,
     pods: watch::Sender<Vec<LocalPod>>,
 }
@@ -65,6 +71,7 @@ impl Control {
         Self {
             authority,
             roots,
+            issued: Arc::default(),
             egress,
             pods,
         }
@@ -102,7 +109,10 @@ impl Control {
             .add_service(AggregatedDiscoveryServiceServer::new(Ads(self
                 .egress
                 .clone())))
-            .add_service(IstioCertificateServiceServer::new(Ca(authority)))
+            .add_service(IstioCertificateServiceServer::new(Ca(
+                authority,
+                self.issued.clone(),
+            )))
             .serve_with_incoming(incoming);
         tokio::spawn(async move { controller.await.unwrap() });
         let listener = tokio::net::UnixListener::bind(socket).unwrap();
@@ -186,7 +196,7 @@ fn snapshot(egress: &[PodEgress], sent: &mut BTreeSet<String>) -> DeltaDiscovery
     }
 }
 
-struct Ca(Authority);
+struct Ca(Authority, Arc<AtomicUsize>);
 
 #[tonic::async_trait]
 impl IstioCertificateService for Ca {
@@ -198,6 +208,7 @@ impl IstioCertificateService for Ca {
         let gate = identity("turnpike-gate");
         let issued = self.0.sign(&csr, &gate, LEAF_LIFETIME, SystemTime::now());
         let issued = issued.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        self.1.fetch_add(1, SeqCst);
         Ok(Response::new(IstioCertificateResponse {
             cert_chain: issued.chain,
         }))
