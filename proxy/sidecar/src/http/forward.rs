@@ -95,10 +95,13 @@ pub(crate) async fn forward(
     let tried = match (deadline, whole) {
         (Some(deadline), Some(after)) => match timeout_at(deadline, run).await {
             Ok(tried) => tried,
-            Err(_) => Err(ProxyError::Timeout {
-                what: "request",
-                after,
-            }),
+            Err(_) => {
+                tries.ran_out(exchange);
+                Err(ProxyError::Timeout {
+                    what: "request",
+                    after,
+                })
+            }
         },
         _ => run.await,
     };
@@ -152,6 +155,8 @@ struct Tries<'a> {
     spare: Option<Parts>,
     source: Source,
     tried: Vec<Rc<Endpoint>>,
+    /// Whom the present try asks, and since when; nobody once it is told what came of it.
+    asked: Option<(Rc<Endpoint>, Cell<std::time::Instant>)>,
     retries: u32,
     /// Tries in a row that met a pooled connection just as it was closed.
     stale: u32,
@@ -200,6 +205,7 @@ impl<'a> Tries<'a> {
             spare,
             source,
             tried: Vec::new(),
+            asked: None,
             retries: 0,
             stale: 0,
             upgrade: upgrade && !connect,
@@ -217,10 +223,9 @@ impl<'a> Tries<'a> {
                 return Err(ProxyError::Closed("its body cannot be sent again".into()));
             };
             let in_flight = InFlight::on(&endpoint);
-            let begun = Cell::new(self.worker.now());
-            let tried = self.one(&endpoint, request, &begun).await;
-            let ejected = self.learn(&endpoint, &tried, begun.get());
-            if ejected {
+            self.asked = Some((endpoint.clone(), Cell::new(self.worker.now())));
+            let tried = self.one(&endpoint, request).await;
+            if self.learn(&tried) {
                 exchange.flags = exchange.flags.with(Flags::EJECTED);
             }
             let error = match tried {
@@ -266,7 +271,6 @@ impl<'a> Tries<'a> {
         &self,
         endpoint: &Rc<Endpoint>,
         request: Request<RequestBody>,
-        begun: &Cell<std::time::Instant>,
     ) -> Result<(Response<Incoming>, Lease), Failed> {
         let sent = async {
             let lease = Pool::lease(endpoint, self.worker, &self.to.circuit, self.inside).await;
@@ -281,7 +285,9 @@ impl<'a> Tries<'a> {
                 }
             };
             // Connecting once is no measure of how fast it answers.
-            begun.set(self.worker.now());
+            if let Some((_, begun)) = &self.asked {
+                begun.set(self.worker.now());
+            }
             let response = lease.send(request).await?;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS && !self.upgrade {
                 return Err(Failed {
@@ -362,15 +368,12 @@ impl<'a> Tries<'a> {
         }
     }
 
-    /// What a try says about its endpoint; true where it took it out.
-    fn learn(
-        &self,
-        endpoint: &Endpoint,
-        tried: &Result<(Response<Incoming>, Lease), Failed>,
-        begun: std::time::Instant,
-    ) -> bool {
+    /// What a try says about the endpoint that it asked; true where it took it out.
+    fn learn(&mut self, tried: &Result<(Response<Incoming>, Lease), Failed>) -> bool {
+        let Some((endpoint, latency)) = self.told() else {
+            return false;
+        };
         let now = self.worker.now();
-        let latency = now.saturating_duration_since(begun);
         match tried {
             Ok((response, _)) if !response.status().is_server_error() => {
                 endpoint.health.success();
@@ -381,8 +384,7 @@ impl<'a> Tries<'a> {
             Ok((response, _))
                 if endpoint.peer.is_some() && answered_unprocessed(response.headers()) =>
             {
-                let cost = latency.max(self.to.policy.timeouts.connect);
-                endpoint.load.observe_failure(now, cost);
+                endpoint.load.observe_failure(now, self.cost(latency));
             }
             Ok(_) => endpoint.load.observe_failure(now, latency),
             Err(Failed { error, reused, .. }) => {
@@ -395,12 +397,34 @@ impl<'a> Tries<'a> {
                 if !counts {
                     return false;
                 }
-                // What it may cost to wait for one that does not answer.
-                let cost = latency.max(self.to.policy.timeouts.connect);
-                endpoint.load.observe_failure(now, cost);
+                endpoint.load.observe_failure(now, self.cost(latency));
             }
         }
-        self.eject(endpoint, now)
+        self.eject(&endpoint, now)
+    }
+
+    /// The time for the whole request went while an endpoint did not answer.
+    fn ran_out(&mut self, exchange: &mut Exchange) {
+        let Some((endpoint, latency)) = self.told() else {
+            return;
+        };
+        let now = self.worker.now();
+        endpoint.load.observe_failure(now, self.cost(latency));
+        if self.eject(&endpoint, now) {
+            exchange.flags = exchange.flags.with(Flags::EJECTED);
+        }
+    }
+
+    /// Whom the present try asked and how long ago, once.
+    fn told(&mut self) -> Option<(Rc<Endpoint>, Duration)> {
+        let (endpoint, begun) = self.asked.take()?;
+        let latency = self.worker.now().saturating_duration_since(begun.get());
+        Some((endpoint, latency))
+    }
+
+    /// What it may cost to wait for one that does not answer.
+    fn cost(&self, latency: Duration) -> Duration {
+        latency.max(self.to.policy.timeouts.connect)
     }
 
     /// Counts a failure of one endpoint among others. One that the caller chose has no others.
@@ -418,5 +442,16 @@ impl<'a> Tries<'a> {
             observer.out(service, out);
         }
         out.is_some()
+    }
+}
+
+impl Drop for Tries<'_> {
+    /// A caller that leaves has waited for nothing: of that, too, the endpoint's estimate learns, or one
+    /// that never answers would look better with every caller that gives up. Whose fault it was is not
+    /// known, so it ejects nobody.
+    fn drop(&mut self) {
+        if let Some((endpoint, latency)) = self.told() {
+            endpoint.load.observe_failure(self.worker.now(), latency);
+        }
     }
 }

@@ -245,6 +245,53 @@ async fn failing_endpoints_are_ejected_and_come_back() {
     assert!(after > before, "readmitted, it is asked again");
 }
 
+/// Takes requests, counts them, and never answers.
+async fn silent() -> (SocketAddr, Arc<AtomicUsize>) {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let address = serve(move |_| {
+        counted.fetch_add(1, SeqCst);
+        std::future::pending()
+    })
+    .await;
+    (address, count)
+}
+
+#[tokio::test]
+async fn of_callers_that_give_up_the_balancer_learns_who_never_answers() {
+    let ((silent, asked), (good, _)) = (silent().await, app(200, "good").await);
+    let caller = caller(&[silent, good], Retry::default(), None);
+    let mut given_up = 0;
+    for _ in 0..40 {
+        let patience = Duration::from_millis(100);
+        let answer = tokio::time::timeout(patience, get(caller.outbound(), "/")).await;
+        given_up += usize::from(answer.is_err());
+    }
+    let asked = asked.load(SeqCst);
+    assert!(
+        asked < 8,
+        "asked {asked} times of 40, {given_up} given up: half is chance"
+    );
+}
+
+#[tokio::test]
+async fn who_lets_the_whole_requests_time_go_by_is_ejected() {
+    let ((silent, asked), (good, _)) = (silent().await, app(200, "good").await);
+    let caller = Setup::caller().start(&Trust::new());
+    let mut view = web(&[(silent, None), (good, None)]);
+    view.service.traffic.timeouts.request = Some(Duration::from_millis(100));
+    view.service.traffic.outlier = Some(OutlierEjection {
+        consecutive_failures: 1,
+        ..OutlierEjection::default()
+    });
+    caller.known.set_service(view);
+    for _ in 0..40 {
+        get(caller.outbound(), "/").await;
+    }
+    assert_eq!(asked.load(SeqCst), 1, "it is out after the first");
+    caller.seen.note_of("web ejected").await;
+}
+
 #[tokio::test]
 async fn equal_endpoints_share_what_is_asked_in_turn() {
     let ((a, a_count), (b, b_count)) = (app(200, "a").await, app(200, "b").await);
