@@ -104,27 +104,18 @@ fn verify(rest: &[&str]) -> Result<(), String> {
 
 fn checks() -> Result<(), String> {
     steps::cargo("formatting", &["fmt", "--all", "--check"])?;
-    let mut lints = vec!["clippy", "--workspace", "--all-targets"];
-    if steps::says(&["clippy", "--version"]).starts_with(CLIPPY) {
-        lints.extend(["--", "--deny", "warnings"]);
+    let deny: &[&str] = if steps::says(&["clippy", "--version"]).starts_with(CLIPPY) {
+        &["--", "--deny", "warnings"]
     } else {
         eprintln!("another clippy than {CLIPPY}: what it warns of fails nothing");
-    }
-    steps::cargo("lints", &lints)?;
+        &[]
+    };
+    let all = ["clippy", "--workspace", "--all-targets"];
+    steps::cargo("lints", &[&all[..], deny].concat())?;
     // Not among all targets, because a plain `cargo test` leaves it out.
-    steps::cargo(
-        "lints of the tests on Kubernetes",
-        &[
-            "clippy",
-            "-p",
-            "turnpike-cluster",
-            "--test",
-            "kubernetes",
-            "--",
-            "--deny",
-            "warnings",
-        ],
-    )?;
+    let cluster = ["clippy", "--workspace", "--test", "kubernetes"];
+    let name = "lints of the tests on Kubernetes";
+    steps::cargo(name, &[&cluster[..], deny].concat())?;
     if machine::has("cargo-deny") {
         // Not its advisories: their database comes from outside, where not every machine may look.
         // `cargo deny check advisories` asks it.
@@ -148,9 +139,8 @@ fn checks() -> Result<(), String> {
     Ok(())
 }
 
-/// The programs are built first, because the whole-system tests start them as a user would.
 fn tests(filter: &[&str]) -> Result<(), String> {
-    steps::cargo("build the programs", &["build", "--workspace", "--bins"])?;
+    build_for_tests()?;
     let mut arguments = vec!["test", "--workspace"];
     if let [name, ..] = filter {
         arguments.push(name);
@@ -158,37 +148,31 @@ fn tests(filter: &[&str]) -> Result<(), String> {
     steps::cargo("tests", &arguments)
 }
 
+/// The whole-system tests start the programs as a user would, so these are built first: together with
+/// the tests, since the programs alone have other features of their dependencies, and everything would
+/// be compiled again. For the same reason each test is run as one of the whole workspace.
+fn build_for_tests() -> Result<(), String> {
+    let all = ["build", "--workspace", "--all-targets"];
+    steps::cargo("build programs and tests", &all)
+}
+
 /// The cluster takes itself down, also when a test fails.
 fn kubernetes(filter: &[&str]) -> Result<(), String> {
-    steps::cargo("build the programs", &["build", "--workspace", "--bins"])?;
+    build_for_tests()?;
     steps::run("build Kubernetes", "turnpike-cluster", &["build"])?;
-    if filter.is_empty() {
-        // With the helm that was just built.
-        let chart = ["test", "-p", "turnpike-api", "--test", "chart"];
-        steps::cargo(
-            "the chart",
-            &[&chart[..], &["--", "--include-ignored"]].concat(),
-        )?;
+    if !filter.is_empty() {
+        return cluster_tests("tests on Kubernetes", "kubernetes", filter);
     }
-    let mut arguments = vec!["test", "-p", "turnpike-cluster", "--test", "kubernetes"];
-    if let [_, ..] = filter {
-        arguments.push("--");
-        arguments.extend(filter);
-    }
-    steps::cargo("tests on Kubernetes", &arguments)?;
-    if filter.is_empty() {
-        let ignored = [
-            "test",
-            "-p",
-            "turnpike-server",
-            "--test",
-            "kubernetes",
-            "--",
-            "--ignored",
-        ];
-        steps::cargo("the controller beside an API server", &ignored)?;
-    }
-    Ok(())
+    // With the helm that was just built.
+    cluster_tests("the chart", "chart", &["--include-ignored"])?;
+    cluster_tests("tests on Kubernetes", "kubernetes", &[])?;
+    let controller = "the controller beside an API server";
+    cluster_tests(controller, "api_server", &["--ignored"])
+}
+
+fn cluster_tests(name: &str, test: &str, arguments: &[&str]) -> Result<(), String> {
+    let test = ["test", "--workspace", "--test", test, "--"];
+    steps::cargo(name, &[&test[..], arguments].concat())
 }
 
 fn bench(rest: &[&str]) -> Result<(), String> {
