@@ -37,8 +37,8 @@ fn world() -> World {
         .into_iter()
         .filter_map(|(language, text)| (language == "yaml").then_some(text))
         .collect();
-    let [namespace, policy] = &manifests[..] else {
-        panic!("the README has a namespace and a policy, and not {manifests:#?}");
+    let [namespace, policy, strict] = &manifests[..] else {
+        panic!("the README has a namespace and two policies, and not {manifests:#?}");
     };
     // In place of the cluster's own, since one object has one file.
     let cluster = world.directory.read("shop").unwrap();
@@ -50,11 +50,14 @@ fn world() -> World {
         .write("shop", &cluster.join("---\n"))
         .unwrap();
     world.directory.write("egress", policy).unwrap();
+    world.directory.write("strict", strict).unwrap();
 
     let labelled = namespace.contains("turnpike.dev/inject: enabled");
     let payer = cluster::client("shop", "payer", "payment-processor", "node-b");
     let pod = world.start_pod(&payer, labelled).unwrap();
     assert!(pod.sidecar.is_some(), "its pods get a sidecar");
+    let caller = cluster::client("legacy", "caller", "caller", "node-b");
+    world.start_pod(&caller, false).unwrap();
     world
 }
 
@@ -84,12 +87,15 @@ fn the_first_policy_holds(world: &World) {
 
     let told: Value = serde_json::from_str(&ask("/debug/status")).unwrap();
     let policies = told["policies"].as_array().unwrap();
-    let policy = policies
-        .iter()
-        .find(|policy| policy["object"] == "EgressPolicy shop/payments");
-    let accepted = &policy.expect("the first policy is known")["conditions"][0];
-    assert_eq!(accepted["type"], "Accepted", "{told}");
-    assert_eq!(accepted["status"], true, "{told}");
+    for name in [
+        "EgressPolicy shop/payments",
+        "PeerAuthentication shop/default",
+    ] {
+        let policy = policies.iter().find(|policy| policy["object"] == name);
+        let accepted = &policy.expect("the policy is known")["conditions"][0];
+        assert_eq!(accepted["type"], "Accepted", "{told}");
+        assert_eq!(accepted["status"], true, "{told}");
+    }
 
     let partner = "http://partner.example/v1/orders";
     assert_eq!(status(world, partner), "200");
@@ -99,6 +105,21 @@ fn the_first_policy_holds(world: &World) {
     assert_eq!(status(world, "https://203.0.113.66/"), "000");
     let seen = std::fs::read_to_string(&world.ready.internet_log).unwrap();
     assert!(!seen.contains("203.0.113.66"), "it reached the attacker");
+    plaintext_is_refused(world);
+}
+
+/// From a namespace without sidecars.
+fn plaintext_is_refused(world: &World) {
+    let payer = world.pod("shop", "payer").unwrap();
+    let url = format!("http://{}:8080/", payer.address);
+    let line = ["curl", "-sS", "--max-time", "3", &url];
+    let said = world.exec("legacy", "caller", &line).unwrap();
+    assert!(!said.succeeded(), "{said:?}");
+    let logged = wait_for(SOON, || {
+        let mut lines = payer.access_log().into_iter();
+        lines.find(|line| line["refused"] == "strict")
+    });
+    assert!(logged.is_some(), "{:?}", payer.access_log());
 }
 
 fn what_is_typed_answers_as_shown(world: &World) {

@@ -80,7 +80,8 @@ impl Cluster {
         })
     }
 
-    /// Starts its tasks; they end with `tasks`, the webhook's also on `stop`.
+    /// Starts its tasks; they end with `tasks`. The webhook's ends a while after `stop`: then what is
+    /// returned is cancelled.
     pub(crate) fn spawn(
         self,
         tasks: &mut JoinSet<()>,
@@ -89,7 +90,7 @@ impl Cluster {
         health: &Arc<Health>,
         metrics: &Metrics,
         stop: &CancellationToken,
-    ) {
+    ) -> Option<CancellationToken> {
         let Self {
             client,
             stores,
@@ -110,32 +111,37 @@ impl Cluster {
             synced.synced().await;
             statuses.run().await;
         });
-        if let Some(Webhook {
+        let Webhook {
             listener,
             settings,
             bundle,
             namespaces,
-        }) = webhook
-        {
-            let injector = Injector {
-                settings: settings.settings(),
-                namespaces: stores.namespaces.clone(),
-                api: namespaces,
-                metrics: metrics.clone(),
-            };
-            let notices = OutsiderNotices {
-                client: client.clone(),
-                namespaces: stores.namespaces.clone(),
-                outsiders: stores.outsiders.clone(),
-                impairments: health.impairments().clone(),
-                settings: settings.settings(),
-            };
-            tasks.spawn(notices.run());
-            let tls = server_config_with(certificate, &ALPN, ClientAuth::None);
-            tasks.spawn(webhook::serve(listener, tls, injector, stop.clone()));
-            tasks.spawn(settings.follow());
-            tasks.spawn(bundle.run());
-        }
+        } = webhook?;
+        let injector = Injector {
+            settings: settings.settings(),
+            namespaces: stores.namespaces.clone(),
+            api: namespaces,
+            metrics: metrics.clone(),
+        };
+        let notices = OutsiderNotices {
+            client: client.clone(),
+            namespaces: stores.namespaces.clone(),
+            outsiders: stores.outsiders.clone(),
+            impairments: health.impairments().clone(),
+            settings: settings.settings(),
+        };
+        tasks.spawn(notices.run());
+        let tls = server_config_with(certificate, &ALPN, ClientAuth::None);
+        tasks.spawn(settings.follow());
+        tasks.spawn(bundle.run());
+        let ended = CancellationToken::new();
+        let guard = ended.clone().drop_guard();
+        let serving = webhook::serve(listener, tls, injector, stop.clone());
+        tasks.spawn(async move {
+            let _guard = guard;
+            serving.await;
+        });
+        Some(ended)
     }
 }
 

@@ -176,7 +176,7 @@ impl Controller {
             health: health.clone(),
         };
         let mut tasks = JoinSet::new();
-        if let Some(cluster) = cluster {
+        let webhook = cluster.and_then(|cluster| {
             let certificate = store.clone();
             cluster.spawn(
                 &mut tasks,
@@ -185,8 +185,8 @@ impl Controller {
                 &health,
                 &metrics,
                 &stop,
-            );
-        }
+            )
+        });
         tasks.spawn(http::serve(http, pages));
         tasks.spawn(feed::run(
             source,
@@ -222,6 +222,9 @@ impl Controller {
         match tokio::time::timeout(DRAIN, served).await {
             Ok(ended) => ended.context("gRPC did not end well")?,
             Err(_) => tracing::warn!("calls were still in flight after {DRAIN:?}"),
+        }
+        if let Some(ended) = webhook {
+            ended.cancelled().await;
         }
         Ok(())
     }

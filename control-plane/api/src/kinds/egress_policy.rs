@@ -104,7 +104,7 @@ pub enum Protocol {
     Http,
     /// Anything over TCP, by address alone.
     Tcp,
-    /// By address alone.
+    /// By address alone. Not in force: the node refuses UDP to outside the cluster.
     Udp,
 }
 

@@ -47,6 +47,7 @@ pub struct MeshConfigSpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MeshTelemetry {
     /// Share of new traces that are sampled, from 0 to 1. A caller's own decision is kept.
+    /// MeshConfig's own default is `1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0, max = 1.0))]
     pub sampling: Option<f64>,

@@ -73,7 +73,7 @@ const MEANINGS: &[(&str, &str)] = &[
     ("[].ports[].port", "The port, or the first of a range."),
     (
         "allow[].ports[].protocol",
-        "`TLS`: the SNI must be an allowed host. `HTTP`: plaintext, each request for an allowed host. `TCP`, `UDP`: by address alone.",
+        "`TLS`: the SNI must be an allowed host. `HTTP`: plaintext, each request for an allowed host. `TCP`: by address alone. `UDP`: not in force, the node refuses UDP to outside the cluster whatever a rule says.",
     ),
     ("default[].ports[].protocol", "As in EgressPolicy."),
     ("ceiling[].ports[].protocol", "As in EgressPolicy."),
@@ -81,7 +81,7 @@ const MEANINGS: &[(&str, &str)] = &[
     ("[].tls", "How the gate speaks to the host."),
     (
         "EgressPolicy.spec.mode",
-        "`Enforce` denies what is not allowed; `Audit` allows it, and records what would have been denied.",
+        "`Enforce` denies what is not allowed; `Audit` lets TCP and names pass, and records what would have been denied. UDP, other protocols, special addresses and ports that are not listed under `inbound` are refused in both.",
     ),
     ("ClusterEgressPolicy.spec.mode", "As in EgressPolicy."),
     (

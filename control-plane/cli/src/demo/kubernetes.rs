@@ -6,9 +6,8 @@ use std::{process::ExitCode, time::Instant};
 use anyhow::Result;
 use turnpike_cluster::{
     Cluster, Options, build, chart,
-    tour::{self, STEPS, Step},
+    tour::{self, STEPS},
 };
-use turnpike_rig::Evidence;
 
 use super::{Told, screen::Screen};
 
@@ -20,7 +19,7 @@ pub(super) fn run(name: &str) -> Result<ExitCode> {
     let cluster = bring_up(&screen, name)?;
     let told: Vec<Told> = (1..)
         .zip(STEPS)
-        .map(|(number, step)| tell(&screen, &cluster, number, &step))
+        .map(|(number, step)| screen.tell(number, step.title, || (step.tell)(&cluster)))
         .collect();
     let held = told.iter().all(|step| step.evidence.held());
     screen.summary(&told, begun.elapsed());
@@ -66,25 +65,6 @@ fn values() -> serde_json::Value {
     let collector = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").unwrap_or_default();
     values["telemetry"]["otlpEndpoint"] = collector.into();
     values
-}
-
-/// A step that cannot be told to its end is a claim that did not hold.
-fn tell(screen: &Screen, cluster: &Cluster, number: usize, step: &Step) -> Told {
-    let bar = screen.begin(step.title);
-    let begun = Instant::now();
-    let evidence = (step.tell)(cluster).unwrap_or_else(|error| {
-        let mut evidence = Evidence::default();
-        evidence.claim("the step was told to its end", false, format!("{error:#}"));
-        evidence
-    });
-    let told = Told {
-        number,
-        title: step.title,
-        time: begun.elapsed(),
-        evidence,
-    };
-    screen.told(&bar, &told);
-    told
 }
 
 fn look_around(cluster: &Cluster) {

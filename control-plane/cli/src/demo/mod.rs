@@ -13,10 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use turnpike_cluster::Cluster;
-use turnpike_rig::{
-    Evidence, Options, World,
-    story::{STEPS, Step},
-};
+use turnpike_rig::{Evidence, Options, World, story::STEPS};
 
 use self::screen::Screen;
 
@@ -109,7 +106,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         .zip(STEPS)
         .filter(|(number, _)| steps.is_empty() || steps.contains(number));
     let told: Vec<Told> = wanted
-        .map(|(number, step)| tell(&screen, &mut world, number, &step))
+        .map(|(number, step)| screen.tell(number, step.title, || (step.tell)(&mut world)))
         .collect();
     let held = told.iter().all(|step| step.evidence.held());
     let total = begun.elapsed();
@@ -127,25 +124,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-/// A step that cannot be told to its end is a claim that did not hold.
-fn tell(screen: &Screen, world: &mut World, number: usize, step: &Step) -> Told {
-    let bar = screen.begin(step.title);
-    let begun = Instant::now();
-    let evidence = (step.tell)(world).unwrap_or_else(|error| {
-        let mut evidence = Evidence::default();
-        evidence.claim("the step was told to its end", false, format!("{error:#}"));
-        evidence
-    });
-    let told = Told {
-        number,
-        title: step.title,
-        time: begun.elapsed(),
-        evidence,
-    };
-    screen.told(&bar, &told);
-    told
 }
 
 /// Ctrl-C takes the box down before the program ends.

@@ -1,10 +1,14 @@
 //! The demo on a terminal: a line a step while it runs, what held beneath it, figures at the end.
 
-use std::{io::IsTerminal as _, time::Duration};
+use std::{
+    io::IsTerminal as _,
+    time::{Duration, Instant},
+};
 
+use anyhow::Result;
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use turnpike_rig::World;
+use turnpike_rig::{Evidence, World};
 
 use super::Told;
 
@@ -48,8 +52,32 @@ impl Screen {
         self.line(&format!("{} {text}", self.paint("31", "✗")));
     }
 
-    pub(super) fn told(&self, bar: &ProgressBar, told: &Told) {
+    /// Tells a step and shows what held. One that cannot be told to its end is a claim that did not hold.
+    pub(super) fn tell(
+        &self,
+        number: usize,
+        title: &'static str,
+        tell: impl FnOnce() -> Result<Evidence>,
+    ) -> Told {
+        let bar = self.begin(title);
+        let begun = Instant::now();
+        let evidence = tell().unwrap_or_else(|error| {
+            let mut evidence = Evidence::default();
+            evidence.claim("the step was told to its end", false, format!("{error:#}"));
+            evidence
+        });
+        let told = Told {
+            number,
+            title,
+            time: begun.elapsed(),
+            evidence,
+        };
         bar.finish_and_clear();
+        self.show(&told);
+        told
+    }
+
+    fn show(&self, told: &Told) {
         let mark = if told.evidence.held() {
             self.paint("32", "✓")
         } else {

@@ -9,6 +9,8 @@ use serde::Deserialize;
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct InjectConfig {
     pub image: String,
+    /// Always, IfNotPresent or Never. `None`: what Kubernetes makes of the image's tag.
+    pub image_pull_policy: Option<String>,
     /// `host:port`.
     pub controller: String,
     /// The DNS name in the controller's certificate.
@@ -35,6 +37,7 @@ impl Default for InjectConfig {
     fn default() -> Self {
         Self {
             image: "turnpike/proxy:latest".to_owned(),
+            image_pull_policy: None,
             controller: "turnpike-controller.turnpike-system.svc:15012".to_owned(),
             controller_name: "turnpike-controller.turnpike-system.svc".to_owned(),
             cluster: "cluster".to_owned(),
@@ -80,6 +83,7 @@ impl InjectConfig {
     fn check(&self) -> Result<(), InvalidConfig> {
         let Self {
             image,
+            image_pull_policy,
             controller,
             controller_name,
             cluster,
@@ -88,7 +92,7 @@ impl InjectConfig {
             root_config_map,
             token_audience,
             token_expiration_seconds,
-            otlp_endpoint: _,
+            otlp_endpoint,
             workers,
             cpu_request,
             memory_request,
@@ -112,6 +116,21 @@ impl InjectConfig {
         let port = controller.rsplit_once(':').map(|(_, port)| port);
         if port.and_then(|port| port.parse::<u16>().ok()).is_none() {
             return refuse("controller", "allowed is HOST:PORT");
+        }
+        let policy = image_pull_policy.as_deref().unwrap_or("Always");
+        if !["Always", "IfNotPresent", "Never"].contains(&policy) {
+            return refuse(
+                "imagePullPolicy",
+                "allowed are Always, IfNotPresent and Never",
+            );
+        }
+        // Each proxy would refuse it, in a log that nobody reads until traces are missed.
+        let endpoint = otlp_endpoint.as_deref().unwrap_or("http://");
+        if !endpoint.starts_with("http://") {
+            return refuse(
+                "otlpEndpoint",
+                "allowed is http://HOST:PORT, OTLP over gRPC without TLS",
+            );
         }
         if *token_expiration_seconds < 600 {
             return refuse("tokenExpirationSeconds", "Kubernetes allows 600 or more");
@@ -173,6 +192,11 @@ mod tests {
             ("imag: x", "unknown field `imag`"),
             ("image: ''", "`image` is refused"),
             ("image: a b", "`image` is refused"),
+            ("imagePullPolicy: Often", "`imagePullPolicy` is refused"),
+            (
+                "otlpEndpoint: https://collector:4317",
+                "`otlpEndpoint` is refused",
+            ),
             ("controller: host", "`controller` is refused"),
             (
                 "tokenExpirationSeconds: 60",

@@ -28,6 +28,7 @@ pub(super) fn container(config: &InjectConfig) -> Container {
     Container {
         name: CONTAINER.to_owned(),
         image: Some(config.image.clone()),
+        image_pull_policy: config.image_pull_policy.clone(),
         restart_policy: Some("Always".to_owned()),
         env: Some(environment(config)),
         ports: Some(vec![

@@ -62,7 +62,7 @@ fn policy(said: &[Said], proxies: &str, object: &PolicyObject, now: &str) -> Val
         Value::Object(status) => status.clone(),
         _ => Map::new(),
     };
-    let before = list(object.status.get("conditions"));
+    let before = stood(object, None);
     // Conditions of others stay where they are.
     let others = before.iter().filter(|condition| {
         let kind = condition.get("type").and_then(Value::as_str);
@@ -82,15 +82,9 @@ fn policy(said: &[Said], proxies: &str, object: &PolicyObject, now: &str) -> Val
 
 fn route(parents: &[(Value, Vec<Said>)], object: &PolicyObject, now: &str) -> Value {
     let before = list(object.status.get("parents"));
-    let is_ours =
-        |entry: &&Value| entry.get("controllerName").and_then(Value::as_str) == Some(CONTROLLER);
     let of_others = before.iter().filter(|entry| !is_ours(entry)).cloned();
     let ours = parents.iter().map(|(parent, said)| {
-        let stood = before
-            .iter()
-            .filter(is_ours)
-            .find(|entry| entry["parentRef"] == *parent);
-        let stood = list(stood.and_then(|entry| entry.get("conditions")));
+        let stood = stood(object, Some(parent));
         let conditions = said
             .iter()
             .map(|said| said.condition(stood, object.generation, now));
@@ -135,6 +129,21 @@ impl Said {
         }
         condition
     }
+}
+
+/// The conditions that stand on an object; of a route, those that we set on one of its parents.
+pub fn stood<'a>(object: &'a PolicyObject, parent: Option<&Value>) -> &'a [Value] {
+    let on = match parent {
+        None => Some(&object.status),
+        Some(parent) => list(object.status.get("parents"))
+            .iter()
+            .find(|entry| is_ours(entry) && entry["parentRef"] == *parent),
+    };
+    list(on.and_then(|on| on.get("conditions")))
+}
+
+fn is_ours(entry: &Value) -> bool {
+    entry.get("controllerName").and_then(Value::as_str) == Some(CONTROLLER)
 }
 
 fn list(value: Option<&Value>) -> &[Value] {

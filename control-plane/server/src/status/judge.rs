@@ -10,6 +10,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use serde_json::Value;
 use turnpike_api::{
     Kind, Object, ObjectKey,
     status::{ACCEPTED, PROGRAMMED},
@@ -17,7 +18,7 @@ use turnpike_api::{
 use turnpike_discovery::{Adoption, Discovery};
 use turnpike_kubernetes::{
     cluster::{PolicyObject, PolicyStore},
-    status::{Said, Verdict, has_status, service_parent},
+    status::{Said, Verdict, has_status, service_parent, stood},
 };
 use turnpike_model::{ConditionKind, Model, ObjectStatus};
 
@@ -28,6 +29,9 @@ const SOON: Duration = Duration::from_millis(200);
 const NUMBERS: Duration = Duration::from_secs(5);
 /// That a generation which all had is not with all: while they come back to us, or new ones start.
 const SETBACK: Duration = Duration::from_secs(10);
+/// Since the controller's start, that a generation is with all: those whom it concerns may not have come back
+/// yet (the longest pause between a client's attempts).
+const RETURN: Duration = Duration::from_secs(15);
 
 /// Which generation of each object is in the model.
 #[derive(Clone, Debug, Default)]
@@ -102,34 +106,46 @@ pub(crate) fn judge(
     judged
 }
 
-/// How long a verdict must last before it is written over what stands there.
-pub(super) fn patience(verdict: &Verdict, object: &PolicyObject) -> Duration {
-    let Verdict::Policy { conditions, .. } = verdict else {
-        return SOON;
-    };
-    let stands = |said: &Said| {
-        let stood = object
-            .status
-            .get("conditions")
-            .and_then(|list| list.as_array());
-        let mut stood = stood.into_iter().flatten();
-        stood.any(|condition| {
-            condition["type"] == said.kind
-                && condition["status"] == if said.holds { "True" } else { "False" }
-                && condition["observedGeneration"].as_i64() == object.generation
+/// How long a verdict must last before it is written over what stands there, `up` after the controller's
+/// start.
+pub(super) fn patience(verdict: &Verdict, object: &PolicyObject, up: Duration) -> Duration {
+    match verdict {
+        Verdict::Policy { conditions, .. } => {
+            patience_of(conditions, stood(object, None), object.generation, up)
+        }
+        Verdict::Route(parents) => {
+            let each = parents.iter().map(|(parent, conditions)| {
+                patience_of(
+                    conditions,
+                    stood(object, Some(parent)),
+                    object.generation,
+                    up,
+                )
+            });
+            // One that has news has them of the whole object.
+            let news = each.clone().filter(|patience| *patience != NUMBERS).max();
+            news.or_else(|| each.max()).unwrap_or(SOON)
+        }
+    }
+}
+
+fn patience_of(said: &[Said], stood: &[Value], generation: Option<i64>, up: Duration) -> Duration {
+    let stands = |kind: &str, holds: bool| {
+        stood.iter().any(|condition| {
+            condition["type"] == kind
+                && condition["status"] == if holds { "True" } else { "False" }
+                && condition["observedGeneration"].as_i64() == generation
         })
     };
-    let is_setback = |said: &Said| {
-        let before = Said {
-            holds: true,
-            ..said.clone()
-        };
-        said.kind == PROGRAMMED && said.reason == PENDING && stands(&before)
-    };
-    if conditions.iter().all(stands) {
+    let programmed = said.iter().find(|said| said.kind == PROGRAMMED);
+    let is_with_all = programmed.is_some_and(|said| said.holds);
+    let is_pending = programmed.is_some_and(|said| said.reason == PENDING);
+    if said.iter().all(|said| stands(said.kind, said.holds)) {
         NUMBERS
-    } else if conditions.iter().any(is_setback) {
+    } else if is_pending && stands(PROGRAMMED, true) {
         SETBACK
+    } else if is_with_all {
+        RETURN.saturating_sub(up).max(SOON)
     } else {
         SOON
     }
@@ -289,7 +305,7 @@ fn proxies(adoption: &Adoption) -> String {
 fn service_parents<'a>(
     key: &'a ObjectKey,
     object: &'a PolicyObject,
-) -> impl Iterator<Item = (serde_json::Value, String)> + 'a {
+) -> impl Iterator<Item = (Value, String)> + 'a {
     let parents = object.parents.iter();
     parents.filter_map(|parent| Some((parent.clone(), service_parent(parent, &key.namespace)?)))
 }
@@ -307,7 +323,7 @@ fn said(kind: &'static str, holds: bool, reason: &str, message: &str) -> Said {
 mod tests {
     use std::collections::BTreeSet;
 
-    use serde_json::{Value, json};
+    use serde_json::json;
     use turnpike_discovery::RefusedBy;
     use turnpike_model::{Condition, ResourceType};
 
@@ -484,16 +500,49 @@ mod tests {
             let conditions = [condition(ACCEPTED), condition(PROGRAMMED)];
             object(vec![], json!({ "conditions": conditions }))
         };
-        assert_eq!(patience(&pending(false), &stands(3)), SETBACK);
+        let late = RETURN * 2;
+        assert_eq!(patience(&pending(false), &stands(3), late), SETBACK);
         assert_eq!(
-            patience(&pending(false), &stands(2)),
+            patience(&pending(false), &stands(2), late),
             SOON,
             "it says nothing of this one"
         );
-        assert_eq!(patience(&pending(true), &stands(3)), NUMBERS);
+        assert_eq!(patience(&pending(true), &stands(3), late), NUMBERS);
+        let new = object(vec![], Value::Null);
+        assert_eq!(patience(&pending(false), &new, late), SOON);
+        assert_eq!(patience(&pending(true), &new, late), SOON);
         assert_eq!(
-            patience(&pending(false), &object(vec![], Value::Null)),
-            SOON
+            patience(&pending(true), &new, Duration::from_secs(1)),
+            RETURN - Duration::from_secs(1),
+            "those whom it concerns may not be back"
+        );
+    }
+
+    #[test]
+    fn a_routes_setback_must_last_too() {
+        let web = json!({"name": "web"});
+        let said = |kind, holds, reason| said(kind, holds, reason, "");
+        let pending = vec![
+            said(ACCEPTED, true, ACCEPTED),
+            said(PROGRAMMED, false, PENDING),
+        ];
+        let verdict = Verdict::Route(vec![(web.clone(), pending)]);
+        let of = |controller: &str| {
+            let condition = |kind| json!({"type": kind, "status": "True", "observedGeneration": 3});
+            let conditions = [condition(ACCEPTED), condition(PROGRAMMED)];
+            let parent = json!({
+                "parentRef": web, "controllerName": controller, "conditions": conditions,
+            });
+            object(vec![web.clone()], json!({ "parents": [parent] }))
+        };
+        assert_eq!(
+            patience(&verdict, &of("turnpike.dev/controller"), RETURN),
+            SETBACK
+        );
+        assert_eq!(
+            patience(&verdict, &of("example.com/another"), RETURN),
+            SOON,
+            "that is another's word"
         );
     }
 }

@@ -82,6 +82,7 @@ impl StatusWriter {
         let mut changes = self.policies.changes();
         let mut seen: Option<Fingerprint> = None;
         let mut waiting = Waiting::default();
+        let start = Instant::now();
         loop {
             ticks.tick().await;
             let fingerprint = (
@@ -96,7 +97,7 @@ impl StatusWriter {
             changes.mark_unchanged();
             seen = Some(fingerprint);
             let begin = Instant::now();
-            let due = self.look(&mut waiting, begin);
+            let due = self.look(&mut waiting, start, begin);
             let spent = begin.elapsed();
             self.write(due, &mut waiting).await;
             sleep(spent * SHARE).await;
@@ -104,7 +105,7 @@ impl StatusWriter {
     }
 
     /// The statuses that are to be written now.
-    fn look(&self, waiting: &mut Waiting, now: Instant) -> Vec<Due> {
+    fn look(&self, waiting: &mut Waiting, start: Instant, now: Instant) -> Vec<Due> {
         let verdicts = judge(&self.policies, &self.discovery, &self.applied);
         let time = OffsetDateTime::now_utc();
         let time = time.replace_nanosecond(0).unwrap_or(time);
@@ -124,7 +125,7 @@ impl StatusWriter {
                     verdict,
                 },
             };
-            let patience = judge::patience(&wait.verdict, &object);
+            let patience = judge::patience(&wait.verdict, &object, now.duration_since(start));
             // What was written for this very version is on its way back to us.
             let in_flight = wait.written.as_ref() == Some(&object.resource_version);
             let held_back = wait.not_before.is_some_and(|until| now < until);

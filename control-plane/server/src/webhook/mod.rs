@@ -57,7 +57,10 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const BODY: Duration = Duration::from_secs(5);
 const LABELS: Duration = Duration::from_secs(3);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// For calls in flight when the controller is told to stop.
+/// After being told to stop: the API server, whose list of endpoints is a little old, may still call, and
+/// a pod that it could not ask about would not be created.
+const LINGER: Duration = Duration::from_secs(5);
+/// For calls that are in flight then.
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// Answers reviews.
@@ -76,13 +79,14 @@ impl std::fmt::Debug for Injector {
     }
 }
 
-/// Serves until `stop`; what is in flight then is finished.
+/// Serves until a while after `stop`; what is in flight then is finished.
 pub async fn serve(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
     injector: Injector,
     stop: CancellationToken,
 ) {
+    let stop = lingering(stop);
     let acceptor = TlsAcceptor::from(tls);
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
@@ -115,6 +119,18 @@ pub async fn serve(
     }
     let drained = async { while connections.join_next().await.is_some() {} };
     let _ = timeout(DRAIN, drained).await;
+}
+
+/// Cancelled some time after `stop` is.
+fn lingering(stop: CancellationToken) -> CancellationToken {
+    let later = CancellationToken::new();
+    let told = later.clone();
+    tokio::spawn(async move {
+        stop.cancelled().await;
+        sleep(LINGER).await;
+        told.cancel();
+    });
+    later
 }
 
 async fn connection(

@@ -8,6 +8,10 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use turnpike_wire::channel;
 
@@ -187,6 +191,13 @@ impl Controller {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// SIGTERM.
+    pub(crate) fn terminate(&self) {
+        let id = self.child.as_ref().unwrap().id();
+        let process = Pid::from_raw(id.try_into().unwrap());
+        kill(process, Signal::SIGTERM).unwrap();
     }
 
     /// The exit status, once it has ended by itself.

@@ -115,6 +115,7 @@ fn the_api_server_has_pods_injected() {
     settings_are_followed(&api, &controller);
     the_bundle_is_kept(&api, &first);
     what_the_source_does_not_know_is_asked(&api, &controller);
+    what_would_go_without_a_word_is_refused(&api);
     while_it_is_away_no_pod_starts_outside(&api, controller);
 }
 
@@ -292,7 +293,47 @@ fn what_the_source_does_not_know_is_asked(api: &ApiServer, controller: &Controll
     });
 }
 
-fn while_it_is_away_no_pod_starts_outside(api: &ApiServer, controller: Controller) {
+/// By the API server itself, where no webhook is asked.
+fn what_would_go_without_a_word_is_refused(api: &ApiServer) {
+    let pods_label = format!(", {LABEL}: enabled");
+    let wish = |name: &str| api.try_create(&pod(name, "plain", &pods_label));
+    created(&wish("name: unheard"));
+    api.apply(&api.chart(&["labels.yaml"]));
+    let said = eventually("a wish that nobody hears is refused", || {
+        Some(wish("generateName: wish-")).filter(|said| !said.ok)
+    });
+    let expected = "kubectl label namespace plain turnpike.dev/inject=enabled";
+    assert!(said.err.contains(expected), "{said:?}");
+    let said = api.try_create(&pod("name: wish", "shop", &pods_label));
+    assert!(said.ok, "{said:?}");
+
+    let debug = |namespace: &str, name: &str, user: u32| {
+        let container = json!({
+            "name": format!("debug-{user}"), "image": "app", "securityContext": {"runAsUser": user},
+        });
+        let patch = json!({"spec": {"ephemeralContainers": [container]}}).to_string();
+        let mut line = vec!["patch", "pod", name, "--subresource=ephemeralcontainers"];
+        let namespace = format!("--namespace={namespace}");
+        line.extend([namespace.as_str(), "--patch", &patch]);
+        api.try_kubectl(&line)
+    };
+    let said = eventually("the sidecar's user is refused", || {
+        Some(debug("shop", "wish", 1337)).filter(|said| !said.ok)
+    });
+    assert!(said.err.contains("runs as user 1337"), "{said:?}");
+    let said = debug("shop", "wish", 1000);
+    assert!(said.ok, "{said:?}");
+    let said = debug("plain", "unheard", 1337);
+    assert!(said.ok, "it has no sidecar: {said:?}");
+}
+
+fn while_it_is_away_no_pod_starts_outside(api: &ApiServer, mut controller: Controller) {
+    // As when another takes over: the API server may call this one for a little longer.
+    controller.terminate();
+    let said = api.try_create(&pod("name: late", "shop", ""));
+    let made = api.get("shop", &created(&said)).unwrap();
+    assert_eq!(init_containers(&made), ["turnpike-proxy"]);
+    assert_eq!(controller.ended(), Some(0), "{}", controller.log());
     drop(controller);
     let said = api.try_create(&pod("name: alone", "shop", ""));
     assert!(
