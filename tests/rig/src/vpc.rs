@@ -10,7 +10,11 @@ use std::{
 
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::Signal;
-use turnpike_vpc::{netns::Process, run::Ready};
+use turnpike_vpc::{
+    fabric::isolation,
+    netns::{Namespace, Process},
+    run::Ready,
+};
 
 use crate::{daemon, world::program};
 
@@ -79,4 +83,20 @@ pub fn down(name: &str) -> Result<()> {
         "`turnpike-vpc down --name {name}`: {said}"
     );
     Ok(())
+}
+
+/// Fails unless neither the fabric nor an instance nor a pod has a way out to the machine's own network.
+pub async fn prove_isolation(
+    ready: &Ready,
+    pods: impl IntoIterator<Item = Namespace>,
+) -> Result<()> {
+    let router = Namespace::open(&ready.router)?;
+    let instances = ready.instances.values();
+    let names = instances.map(|instance| &instance.namespace);
+    let mut all = vec![router.clone(), Namespace::open(&ready.internet)?];
+    for name in names {
+        all.push(Namespace::open(name)?);
+    }
+    all.extend(pods);
+    Ok(isolation::prove(&router, &all, ready.cidr.parse()?).await?)
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use turnpike_vpc::{fabric::isolation, netns::Namespace, resolver::Names, run::Ready};
+use turnpike_vpc::{netns::Namespace, resolver::Names, run::Ready};
 
 use crate::{
     daemon::{self, Daemon},
@@ -200,34 +200,15 @@ impl World {
         let folder = folder_of(name);
         daemon::kill_recorded(&folder);
         vpc::down(name)?;
-        unmount_below(&folder);
-        match fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {}", folder.display()))
-            }
-            _ => Ok(()),
-        }
+        discard(&folder)
     }
 
     /// Fails unless no namespace of this world, pods' included, has a way out to the machine's own
     /// network.
     pub fn prove_isolation(&self) -> Result<()> {
-        let fabric = [&self.ready.router, &self.ready.internet].into_iter();
-        let instances = self
-            .ready
-            .instances
-            .values()
-            .map(|instance| &instance.namespace);
-        let mut all: Vec<Namespace> = fabric
-            .chain(instances)
-            .map(|name| Namespace::open(name))
-            .collect::<Result<_, _>>()?;
-        all.extend(self.pods.values().map(|pod| pod.namespace.clone()));
-        let router = Namespace::open(&self.ready.router)?;
-        let cidr = self.ready.cidr.parse()?;
-        Ok(self
-            .runtime
-            .block_on(isolation::prove(&router, &all, cidr))?)
+        let pods = self.pods.values().map(|pod| pod.namespace.clone());
+        self.runtime
+            .block_on(vpc::prove_isolation(&self.ready, pods))
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {
@@ -354,6 +335,17 @@ pub fn unmount_below(folder: &Path) {
     for mount in mounted.filter(|mount| Path::new(mount).starts_with(folder)) {
         // What is busy goes when its last user does.
         let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Removes a folder with what is mounted below it; one that is not there is fine.
+pub fn discard(folder: &Path) -> Result<()> {
+    unmount_below(folder);
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", folder.display()))
+        }
+        _ => Ok(()),
     }
 }
 
