@@ -15,7 +15,7 @@ use super::{
     accept::{Client, abort},
     dial::{DialError, dial},
     judge::{Caller, Claim, judge, refuse},
-    relay::{Ended, relay},
+    relay::{Ended, drained, relay},
     tcp_info::counts,
 };
 use crate::{
@@ -147,7 +147,8 @@ impl Relaying {
         let relaying = async {
             upstream.write_all(&first).await?;
             drop(first);
-            relay(client, upstream, ended).await
+            relay(client, upstream, ended).await?;
+            drained(upstream).await
         };
         let result = tokio::select! {
             biased;

@@ -1,6 +1,6 @@
 //! Bytes between two sockets, both ways.
 
-use std::io;
+use std::{io, os::fd::AsFd, time::Duration};
 
 use tokio::{
     io::AsyncWriteExt,
@@ -8,10 +8,18 @@ use tokio::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    time::{Instant, sleep},
 };
+
+use super::tcp_info::{Unacknowledged, unacknowledged};
 
 /// Taken when there is something to read, given back when there is nothing left.
 const BUFFER: usize = 64 * 1024;
+
+/// How long a destination may acknowledge nothing of what is left for it.
+const SILENCE: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(2);
+const LOOK_AT_MOST: Duration = Duration::from_millis(200);
 
 /// Whether a side has said its last.
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,6 +43,28 @@ pub(super) async fn relay(
         result
     };
     tokio::try_join!(out, back).map(drop)
+}
+
+/// Waits until the peer has all that was written to `socket`, and its end. What the kernel still
+/// has to send would leave after the socket is dropped: past the record, and past revocation.
+pub(super) async fn drained(socket: &impl AsFd) -> io::Result<()> {
+    let mut pause = LOOK;
+    let mut last = (0, Instant::now());
+    loop {
+        match unacknowledged(socket)? {
+            Unacknowledged::Nothing => return Ok(()),
+            Unacknowledged::Lost => return Err(io::ErrorKind::ConnectionReset.into()),
+            Unacknowledged::Waits { acknowledged } if acknowledged > last.0 => {
+                last = (acknowledged, Instant::now());
+            }
+            Unacknowledged::Waits { .. } if last.1.elapsed() > SILENCE => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            Unacknowledged::Waits { .. } => {}
+        }
+        sleep(pause).await;
+        pause = (2 * pause).min(LOOK_AT_MOST);
+    }
 }
 
 async fn pump(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>) -> io::Result<()> {

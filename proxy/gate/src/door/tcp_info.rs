@@ -12,7 +12,10 @@ use std::{
 #[derive(Clone, Copy)]
 struct TcpInfo {
     bytes8: [u8; 8],
-    words: [u32; 24],
+    /// Timeouts and segment sizes.
+    sizes: [u32; 4],
+    unacked: u32,
+    words: [u32; 19],
     pacing_rate: u64,
     max_pacing_rate: u64,
     bytes_acked: u64,
@@ -47,6 +50,30 @@ pub(super) struct Counts {
 /// Whether both ends have closed the connection, or one has reset it.
 pub(super) fn is_closed(socket: &impl AsFd) -> bool {
     read(socket).is_ok_and(|info| info.bytes8[0] == CLOSE)
+}
+
+/// What of a socket's stream the peer has not acknowledged yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unacknowledged {
+    /// Nothing, its end included.
+    Nothing,
+    /// Something that still can be; so much was acknowledged.
+    Waits { acknowledged: u64 },
+    /// Something that will never be: the connection is closed.
+    Lost,
+}
+
+pub(super) fn unacknowledged(socket: &impl AsFd) -> io::Result<Unacknowledged> {
+    let info = read(socket)?;
+    Ok(if info.unacked == 0 && info.notsent == 0 {
+        Unacknowledged::Nothing
+    } else if info.bytes8[0] == CLOSE {
+        Unacknowledged::Lost
+    } else {
+        Unacknowledged::Waits {
+            acknowledged: info.bytes_acked,
+        }
+    })
 }
 
 /// Reads the counts; `ended` says that the peer's end of stream was read.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
 
 mod control;
+mod ends;
 mod flows;
 mod namespace;
 mod outside;

@@ -3,10 +3,10 @@
 use std::{
     collections::HashMap,
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -18,6 +18,7 @@ use hickory_proto::{
 };
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use socket2::{Domain, Socket, Type};
 
 use crate::namespace::Namespace;
 
@@ -90,7 +91,10 @@ fn listen(
     at: SocketAddr,
     answer: impl Fn(Counting) + Clone + Send + 'static,
 ) -> Seen {
-    let listener = outside.run(|| TcpListener::bind(at).unwrap());
+    serve(outside.run(|| TcpListener::bind(at).unwrap()), answer)
+}
+
+fn serve(listener: TcpListener, answer: impl Fn(Counting) + Clone + Send + 'static) -> Seen {
     let seen = Seen::default();
     let counted = seen.clone();
     thread::spawn(move || {
@@ -128,6 +132,40 @@ pub(crate) fn greeter(outside: &Namespace, at: SocketAddr) -> Seen {
             if stream.write_all(&buffer[..n]).is_err() {
                 return;
             }
+        }
+    })
+}
+
+/// Says its last at once and goes on to read, a little at a time: first so much, the rest when let
+/// to by `go_on`.
+pub(crate) fn slow_reader(
+    outside: &Namespace,
+    at: SocketAddr,
+    first: usize,
+    go_on: &Arc<AtomicBool>,
+) -> Seen {
+    let listener = outside.run(|| {
+        let socket = Socket::new(Domain::for_address(at), Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        socket.bind(&at.into()).unwrap();
+        socket.listen(16).unwrap();
+        TcpListener::from(socket)
+    });
+    let go_on = go_on.clone();
+    serve(listener, move |mut stream| {
+        stream.0.shutdown(Shutdown::Write).unwrap();
+        let mut buffer = [0; 8192];
+        let mut read = 0;
+        loop {
+            while read >= first && !go_on.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(10));
+            }
+            let Ok(n @ 1..) = stream.read(&mut buffer) else {
+                return;
+            };
+            read += n;
+            thread::sleep(Duration::from_millis(1));
         }
     })
 }

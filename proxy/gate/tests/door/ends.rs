@@ -1,0 +1,77 @@
+//! How connections end: to the last byte on record, and to the last byte delivered.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use turnpike_ledger::{
+    Event,
+    record::{Closed, End},
+};
+
+use crate::{
+    at,
+    outside,
+    world,
+    world::{World, connect, policies},
+};
+
+/// The one destination that is allowed by its address, whatever is said.
+const MAIL: &str = "203.0.113.10:25";
+
+fn closed(world: &World, to: SocketAddr) -> Closed {
+    let connection = world.event("opened", |event| match event {
+        Event::Opened(it) if it.destination == to => Some(it.connection.clone()),
+        _ => None,
+    });
+    world.event("closed", |event| match event {
+        Event::Closed(it) if it.connection == connection => Some(it.clone()),
+        _ => None,
+    })
+}
+
+#[test]
+fn what_the_destination_has_yet_to_take_is_on_record_before_the_end() {
+    const SIZE: usize = 1 << 20;
+    let world = world("drain");
+    let free = Arc::new(AtomicBool::new(true));
+    let mail = outside::slow_reader(&world.outside, at(MAIL), 0, &free);
+    let mut stream = connect(&world.pods[0], at(MAIL)).unwrap();
+    stream.write_all(&vec![b'x'; SIZE]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    let closed = closed(&world, at(MAIL));
+    assert_eq!((closed.bytes_out, closed.end), (SIZE as u64, End::Finished));
+    assert_eq!(mail.bytes(), closed.bytes_out, "at the time of the record");
+}
+
+#[test]
+fn revocation_reaches_what_the_destination_has_yet_to_take() {
+    const SIZE: usize = 40_000;
+    let world = world("late");
+    let free = Arc::new(AtomicBool::new(false));
+    let mail = outside::slow_reader(&world.outside, at(MAIL), 1, &free);
+    let mut stream = connect(&world.pods[0], at(MAIL)).unwrap();
+    stream.write_all(&vec![b'x'; SIZE]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    // For the gate to have taken all of it.
+    std::thread::sleep(Duration::from_millis(300));
+    let mut tightened = policies();
+    for egress in &mut tightened {
+        egress.policies[0].rules.retain(|rule| &*rule.id != "allow[2]");
+    }
+    world.control.set_egress(tightened);
+    let closed = closed(&world, at(MAIL));
+    free.store(true, SeqCst);
+    assert_eq!(closed.end, End::Revoked, "{closed:?}");
+    assert!(closed.bytes_out < SIZE as u64, "{closed:?}");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(mail.bytes() <= closed.bytes_out, "{}", mail.bytes());
+}
