@@ -4,8 +4,8 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use turnpike_datapath::Error;
-use turnpike_ipam::Lease;
+use turnpike_datapath::{Error, PodPolicy};
+use turnpike_ipam::{Attachment, Lease};
 use turnpike_rules::pod::Members;
 
 use crate::{
@@ -86,13 +86,12 @@ pub async fn set_members(node: &Node, done: &mut Set) -> Result<(), Error> {
 }
 
 /// Brings a running pod to its policy. Where the control plane says nothing of it, what was last
-/// enforced stays.
+/// enforced stays, and what only the disk says loosens nothing.
 async fn update(node: &Node, lease: &Lease) -> Result<(), Error> {
     let attachment = &lease.holder.attachment;
-    let wanted = node
-        .policy_of(&lease.holder.pod)
-        .map(|network| Enforced::from(&*network));
-    let Some(wanted) = wanted else { return Ok(()) };
+    let Some(wanted) = wanted(node, lease) else {
+        return Ok(());
+    };
     let settled = |note: Note| {
         // Capture is made with the pod and goes with it.
         Enforced {
@@ -108,26 +107,63 @@ async fn update(node: &Node, lease: &Lease) -> Result<(), Error> {
     let Some(lease) = node.lease_of(attachment) else {
         return Ok(());
     };
-    let Some(note) = note_of(&lease) else {
+    let Some(before) = note_of(&lease) else {
         return Ok(());
     };
-    if note.enforced.policy != wanted.policy {
-        node.datapath
-            .update(&attachment.container_id, &wanted.policy)
-            .await?;
-        tracing::info!(%attachment, selected = wanted.policy.selected, "policy applied");
-    }
     let enforced = Enforced {
-        capture: note.enforced.capture.clone(),
+        capture: before.enforced.capture.clone(),
         ..wanted
     };
+    enforce(node, attachment, &before, &enforced.policy).await?;
     node.announce(&lease, &enforced);
-    let note = Note {
-        applied: note.applied,
+    let after = Note {
+        applied: before.applied,
         enforced,
     };
-    if let Err(error) = node.store.note(attachment, note.write()).await {
-        tracing::error!(%attachment, %error, "the policy is in force, but not on record");
-    }
+    record(node, attachment, &after).await;
     Ok(())
+}
+
+fn wanted(node: &Node, lease: &Lease) -> Option<Enforced> {
+    let mut wanted = Enforced::from(&*node.policy_of(&lease.holder.pod)?);
+    if !node
+        .policy
+        .is_confirmed(&node.resource_name(&lease.holder.pod))
+    {
+        wanted.policy = wanted.policy.and(&note_of(lease)?.enforced.policy);
+    }
+    Some(wanted)
+}
+
+/// Changes the rules. What tightens is on record first, so that a restart does not free the pod
+/// again.
+async fn enforce(
+    node: &Node,
+    attachment: &Attachment,
+    before: &Note,
+    policy: &PodPolicy,
+) -> Result<(), Error> {
+    if before.enforced.policy == *policy {
+        return Ok(());
+    }
+    if !before.enforced.policy.is_within(policy) {
+        let mut tighter = before.clone();
+        tighter.enforced.policy = policy.and(&before.enforced.policy);
+        record(node, attachment, &tighter).await;
+    }
+    let updated = node.datapath.update(&attachment.container_id, policy).await;
+    if updated.is_err() {
+        // By the note the next look sees what is left to do.
+        record(node, attachment, before).await;
+    }
+    updated?;
+    tracing::info!(%attachment, selected = policy.selected, "policy applied");
+    Ok(())
+}
+
+/// A refusing disk holds no policy up: after a restart, what the kernel holds counts as well.
+pub async fn record(node: &Node, attachment: &Attachment, note: &Note) {
+    if let Err(error) = node.store.note(attachment, note.write()).await {
+        tracing::error!(%attachment, %error, "a pod's policy is not on record");
+    }
 }

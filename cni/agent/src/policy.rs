@@ -1,8 +1,9 @@
 //! What the control plane says of this node's pods and of who the cluster is.
 //!
 //! One snapshot, replaced under readers' eyes, kept on disk: a restarted agent enforces what it
-//! last heard until the controller speaks again. What only the disk says, and the controller does
-//! not confirm soon after it is back, is dropped.
+//! last heard until the controller speaks again. What only the disk says may be older than what is
+//! in force, so it frees no pod; and what the controller does not confirm soon after it is back is
+//! dropped.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -73,6 +74,12 @@ impl Policy {
 
     pub fn pod(&self, name: &str) -> Option<Arc<PodNetwork>> {
         self.snapshot.borrow().pods.get(name).cloned()
+    }
+
+    /// Whether the controller has said it, not only the disk.
+    pub fn is_confirmed(&self, name: &str) -> bool {
+        let name = confirmable(PodNetwork::TYPE_URL, name);
+        !self.snapshot.borrow().unconfirmed.contains(&name)
     }
 
     pub fn watch(&self) -> watch::Receiver<Snapshot> {

@@ -103,7 +103,14 @@ async fn adopt(node: &Node, alive: &[Found]) {
         if !alive.iter().any(|found| linked(&found)) {
             continue;
         }
-        let Note { applied, enforced } = note;
+        // The kernel may have been tightened without a note; the controller will say.
+        let mut held = note.clone();
+        let stood = node.datapath.stood(lease.address.into());
+        held.enforced.policy = held.enforced.policy.and(&stood);
+        if held != note {
+            apply::record(node, &lease.holder.attachment, &held).await;
+        }
+        let Note { applied, enforced } = held;
         let plan = node.plan(&lease, &enforced);
         match node.datapath.adopt(&plan, &applied).await {
             Ok(()) => node.announce(&lease, &enforced),

@@ -7,13 +7,20 @@
 mod rig;
 
 use std::{
-    collections::BTreeSet, fs, os::unix::fs::MetadataExt, path::Path, thread, time::Duration,
+    collections::BTreeSet,
+    fs,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    os::unix::fs::MetadataExt,
+    path::Path,
+    thread,
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
 use rig::{Pod, Rig, residue, talk, wait_for};
 use serde_json::json;
 use turnpike_rules::{Identity, pod::PodNetwork};
+use turnpike_vpc::netns::Namespace;
 use turnpike_wire::node::feed_event::Event;
 
 const CALM: &str = "";
@@ -186,7 +193,7 @@ fn network(selected: bool) -> PodNetwork {
 }
 
 #[test]
-fn a_selected_pod_is_denied_the_gate_is_told_and_a_change_reaches_the_running_pod() {
+fn a_selected_pod_is_denied_and_the_gate_is_told() {
     let mut rig = Rig::up("ag7", CALM, &[("WARM_IP_TARGET", "3")]);
     rig.end(Signal::SIGTERM);
     rig.policy(&[network(true)]);
@@ -230,20 +237,8 @@ fn a_selected_pod_is_denied_the_gate_is_told_and_a_change_reaches_the_running_po
         talk(&pod.netns, &rig.control, control).is_err(),
         "denied while the agent is away"
     );
-    rig.policy(&[network(false)]);
     rig.start();
-    wait_for("the policy's change", || {
-        talk(&pod.netns, &rig.control, control).is_ok()
-    });
     let mut feed = rig.feed();
-    // The kernel is changed first, then the gate is told.
-    loop {
-        match feed.next() {
-            Event::Added(told) if !told.selected => break,
-            Event::Added(_) | Event::Synced(_) | Event::Denied(_) | Event::Lapse(_) => {}
-            Event::Removed(told) => panic!("{told:?}"),
-        }
-    }
     assert!(rig.del(&pod).ok);
     let told = loop {
         if let Event::Removed(told) = feed.next() {
@@ -251,6 +246,83 @@ fn a_selected_pod_is_denied_the_gate_is_told_and_a_change_reaches_the_running_po
         }
     };
     assert_eq!(told.container_id, "c");
+}
+
+#[test]
+fn a_change_reaches_the_running_pod_and_no_restart_without_a_record_of_it_frees_the_pod() {
+    let mut rig = Rig::up("ag10", CALM, &[("WARM_IP_TARGET", "3")]);
+    rig.end(Signal::SIGTERM);
+    rig.policy(&[network(false)]);
+    rig.start();
+    let pod = rig.pod("c", "shop", "cart");
+    rig.add(&pod);
+    let control = "10.0.0.10".parse().unwrap();
+    assert!(reaches(&pod.netns, &rig.control, control));
+    rig.end(Signal::SIGKILL);
+    let (state, kept) = (rig.path("state"), rig.path("kept"));
+    copy(&state, &kept);
+
+    rig.policy(&[network(true)]);
+    rig.start();
+    wait_for("the policy's change", || {
+        talk(&pod.netns, &rig.control, control).is_err()
+    });
+    let mut feed = rig.feed();
+    // The kernel is changed first, then the gate is told.
+    loop {
+        match feed.next() {
+            Event::Added(told) if told.selected => break,
+            Event::Removed(told) => panic!("{told:?}"),
+            _ => {}
+        }
+    }
+    rig.end(Signal::SIGKILL);
+    // As where the disk had refused the change.
+    fs::remove_dir_all(&state).unwrap();
+    copy(&kept, &state);
+    rig.start();
+    let Event::Added(told) = rig.feed().next() else {
+        panic!("no pod")
+    };
+    assert!(told.selected);
+    assert!(
+        talk(&pod.netns, &rig.control, control).is_err(),
+        "a restart freed the pod"
+    );
+    assert!(
+        !reaches(&pod.netns, &rig.control, control),
+        "a datagram left the pod"
+    );
+    rig.end(Signal::SIGKILL);
+    rig.policy(&[network(false)]);
+    rig.start();
+    assert!(
+        !reaches(&pod.netns, &rig.control, control),
+        "what only the disk says freed the pod"
+    );
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+/// Whether a datagram comes from one to the other.
+fn reaches(from: &Namespace, to: &Namespace, address: Ipv4Addr) -> bool {
+    let server = to.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)));
+    let server = server.unwrap().unwrap();
+    let to = SocketAddr::from((address, server.local_addr().unwrap().port()));
+    let sent = from.run(move || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(b"?", to));
+    sent.unwrap().unwrap();
+    server
+        .set_read_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    server.recv(&mut [0; 1]).is_ok()
 }
 
 fn told_interface(rig: &Rig) -> String {

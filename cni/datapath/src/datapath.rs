@@ -137,6 +137,11 @@ impl Datapath {
             .await
     }
 
+    /// How the pod at `address` was held when this was opened, by whoever ran before.
+    pub fn stood(&self, address: IpAddr) -> PodPolicy {
+        self.ruleset.stood(address)
+    }
+
     /// Changes a running pod's policy in one transaction. [`Error::Unknown`]: neither applied nor
     /// adopted by this process.
     pub async fn update(&self, container_id: &str, policy: &PodPolicy) -> Result<(), Error> {

@@ -102,6 +102,31 @@ pub struct PodPolicy {
     pub inbound: Vec<InboundPort>,
 }
 
+impl PodPolicy {
+    /// Whether it lets pass nothing that `other` does not.
+    pub fn is_within(&self, other: &Self) -> bool {
+        let ports = || self.inbound.iter().all(|port| other.inbound.contains(port));
+        !other.selected || self.selected && ports()
+    }
+
+    /// What both let pass.
+    pub fn and(&self, other: &Self) -> Self {
+        match (self.selected, other.selected) {
+            (false, true) => other.clone(),
+            (_, false) => self.clone(),
+            (true, true) => Self {
+                selected: true,
+                inbound: self
+                    .inbound
+                    .iter()
+                    .filter(|port| other.inbound.contains(port))
+                    .cloned()
+                    .collect(),
+            },
+        }
+    }
+}
+
 impl PodPlan {
     /// Refuses what could not become a network, before anything is touched.
     pub fn validate(&self) -> Result<(), Error> {

@@ -11,12 +11,14 @@ pub(crate) mod text;
 use std::{
     collections::{BTreeSet, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, warn};
+use turnpike_rules::pod::InboundPort;
 
 use self::elements::{Element, Owner, PodRules, Shares};
 pub(crate) use self::text::Base;
@@ -61,6 +63,8 @@ pub(crate) enum Edit {
 pub(crate) struct Ruleset {
     jobs: mpsc::Sender<Job>,
     pub(crate) began_bare: bool,
+    /// What stood when this began.
+    stood: Arc<BTreeSet<Element>>,
 }
 
 #[derive(Debug)]
@@ -74,7 +78,8 @@ impl Ruleset {
     pub(crate) async fn open(base: Base) -> Result<Self, Error> {
         let writer = tokio::task::spawn_blocking(move || Writer::open(base));
         let mut writer = writer.await.map_err(|_| Error::Closed)??;
-        let began_bare = writer.shares.elements().next().is_none();
+        let stood = Arc::new(writer.shares.elements().cloned().collect::<BTreeSet<_>>());
+        let began_bare = stood.is_empty();
         let (jobs, mut waiting) = mpsc::channel(WAITING);
         tokio::spawn(async move {
             let mut batch: Vec<Job> = Vec::with_capacity(SHARED);
@@ -93,7 +98,30 @@ impl Ruleset {
                 }
             }
         });
-        Ok(Self { jobs, began_bare })
+        Ok(Self {
+            jobs,
+            began_bare,
+            stood,
+        })
+    }
+
+    /// How the pod at `address` was held when this began.
+    pub(crate) fn stood(&self, address: IpAddr) -> PodPolicy {
+        let inbound = self.stood.iter().filter_map(|element| match element {
+            Element::Inbound {
+                address: of,
+                transport,
+                port,
+            } if *of == address => Some(InboundPort {
+                transport: *transport,
+                port: *port,
+            }),
+            _ => None,
+        });
+        PodPolicy {
+            selected: self.stood.contains(&Element::Selected(address)),
+            inbound: inbound.collect(),
+        }
     }
 
     /// Returns when the kernel has it.
