@@ -11,6 +11,7 @@ use sqlx::{
     Connection, QueryBuilder, Row, Sqlite, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
+use tokio::sync::watch;
 use turnpike_ledger::{Entry, Head, Record};
 
 const FILE: &str = "record.sqlite";
@@ -85,6 +86,8 @@ impl Store {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .pragma("max_page_count", ((max_bytes + RESERVE) / PAGE).to_string())
+            // In a commit, connections would wait for it; the [`Checkpointer`] does it.
+            .pragma("wal_autocheckpoint", "0")
             .busy_timeout(Duration::from_secs(5));
         let mut connection = SqliteConnection::connect_with(&options).await?;
         sqlx::raw_sql(SCHEMA).execute(&mut connection).await?;
@@ -201,6 +204,60 @@ impl Store {
     }
 }
 
+/// Carries what was committed from SQLite's log into its file, on a connection of its own.
+pub(super) struct Checkpointer(SqliteConnection);
+
+/// Entries whose commits may wait in the log.
+const LOGGED_ENTRIES: u64 = 500;
+/// A log that has grown to this is emptied though the writer must wait for that: it could grow for
+/// as long as the writer never pauses.
+const LOG_PAGES: i64 = (64 << 20) / PAGE as i64;
+
+impl Checkpointer {
+    pub(super) async fn open(dir: &Path) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::new()
+            .filename(dir.join(FILE))
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(Duration::from_secs(5));
+        Ok(Self(SqliteConnection::connect_with(&options).await?))
+    }
+
+    /// Follows the commits; ends with their writer.
+    pub(super) async fn run(mut self, mut committed: watch::Receiver<u64>) {
+        let mut done = *committed.borrow();
+        loop {
+            let due = |head: &u64| *head >= done + LOGGED_ENTRIES;
+            let Ok(head) = committed.wait_for(due).await.map(|head| *head) else {
+                return;
+            };
+            done = head;
+            if let Err(error) = self.checkpoint().await {
+                tracing::warn!(%error, "the spool's log could not be carried into its file");
+            }
+        }
+    }
+
+    /// Keeps no writer waiting, unless the log is far too long.
+    async fn checkpoint(&mut self) -> Result<(), StoreError> {
+        let row = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)")
+            .fetch_one(&mut self.0)
+            .await?;
+        let pages: i64 = row.try_get(1)?;
+        if pages >= LOG_PAGES {
+            self.empty().await?;
+        }
+        Ok(())
+    }
+
+    /// The same to the end, and the log's room is given back.
+    pub(super) async fn empty(&mut self) -> Result<(), StoreError> {
+        sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)")
+            .execute(&mut self.0)
+            .await?;
+        Ok(())
+    }
+}
+
 fn lock(path: &Path) -> Result<Flock<File>, StoreError> {
     let io = |source| StoreError::Io {
         path: path.to_owned(),
@@ -270,4 +327,60 @@ fn entry(row: &sqlx::sqlite::SqliteRow) -> Result<Entry, sqlx::Error> {
         body: row.try_get("body")?,
         hash,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use turnpike_ledger::Chain;
+
+    use super::*;
+
+    fn length(dir: &Path, name: &str) -> u64 {
+        dir.join(name).metadata().unwrap().len()
+    }
+
+    #[tokio::test]
+    async fn no_commit_waits_for_the_log_to_be_carried_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, head) = Store::open(dir.path(), "node-a", 1 << 30).await.unwrap();
+        let mut beside = Checkpointer::open(dir.path()).await.unwrap();
+        beside.empty().await.unwrap();
+        let before = length(dir.path(), FILE);
+        let mut chain = Chain::resume(head);
+        for _ in 0..100 {
+            let mut batch = Batch::default();
+            for _ in 0..20 {
+                batch.entries.push(chain.append(vec![0; 3000]));
+            }
+            store.commit(&batch).await.unwrap();
+        }
+        assert!(length(dir.path(), &format!("{FILE}-wal")) > 1500 * PAGE);
+        assert_eq!(length(dir.path(), FILE), before, "a commit carried it over");
+        beside.checkpoint().await.unwrap();
+        assert!(length(dir.path(), FILE) > 1500 * PAGE);
+        beside.empty().await.unwrap();
+        assert_eq!(length(dir.path(), &format!("{FILE}-wal")), 0);
+    }
+
+    #[tokio::test]
+    async fn the_log_is_carried_over_in_step_with_the_commits() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, head) = Store::open(dir.path(), "node-a", 1 << 30).await.unwrap();
+        let beside = Checkpointer::open(dir.path()).await.unwrap();
+        let (committed, receiver) = watch::channel(0);
+        let task = tokio::spawn(beside.run(receiver));
+        let mut batch = Batch::default();
+        let mut chain = Chain::resume(head);
+        for _ in 0..LOGGED_ENTRIES {
+            batch.entries.push(chain.append(vec![0; 3000]));
+        }
+        store.commit(&batch).await.unwrap();
+        let before = length(dir.path(), FILE);
+        committed.send_replace(LOGGED_ENTRIES);
+        while length(dir.path(), FILE) == before {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        drop(committed);
+        task.await.unwrap();
+    }
 }

@@ -11,6 +11,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ use turnpike_ledger::{Chain, Checkpoint, Event, Record};
 
 use super::{
     Command, NotRecorded, QUEUE, Shared, Spool, SpoolConfig, StoreError, now_ms,
-    store::{Batch, Store},
+    store::{Batch, Checkpointer, Store},
 };
 use crate::{bucket::Bucket, metrics::Metrics};
 
@@ -29,6 +30,8 @@ const BATCH: usize = 1024;
 /// Owns the chain; [`Writer::run`] until cancelled.
 pub struct Writer {
     store: Store,
+    /// Until [`Writer::run`] sets it going.
+    checkpointer: Option<Checkpointer>,
     chain: Chain,
     config: SpoolConfig,
     credentials: Arc<CredentialStore>,
@@ -61,6 +64,10 @@ impl Writer {
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Spool), StoreError> {
         let (mut store, head) = Store::open(&config.dir, &config.node, config.max_bytes).await?;
+        let mut checkpointer = Checkpointer::open(&config.dir).await?;
+        if let Err(error) = checkpointer.empty().await {
+            tracing::warn!(%error, "what the last gate left in the spool's log stays there");
+        }
         let live = store.live().await?;
         let (sender, queue) = mpsc::channel(QUEUE);
         let (committed, receiver) = watch::channel(head.sequence);
@@ -79,6 +86,7 @@ impl Writer {
         let chain = Chain::resume(head);
         let mut writer = Self {
             store,
+            checkpointer: Some(checkpointer),
             chain,
             config,
             credentials,
@@ -111,6 +119,11 @@ impl Writer {
 
     /// Writes until cancelled and the queue is empty, then seals the chain.
     pub async fn run(mut self, cancel: CancellationToken) {
+        // Ends with this at the latest.
+        let mut beside = JoinSet::new();
+        if let Some(checkpointer) = self.checkpointer.take() {
+            beside.spawn(checkpointer.run(self.committed.subscribe()));
+        }
         let mut tick = interval(Duration::from_millis(250));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
