@@ -211,6 +211,115 @@ async fn a_full_disk_denies_and_the_gap_is_on_record() {
     assert_eq!(report.noted_gaps, 6);
 }
 
+fn denied(connection: &str) -> Event {
+    let Event::Opened(attempt) = opened(connection) else {
+        unreachable!()
+    };
+    Event::Denied(Attempt {
+        verdict: Verdict::Denied,
+        ..attempt
+    })
+}
+
+#[tokio::test]
+async fn refusals_fill_half_of_the_spool_and_leave_the_rest_to_what_needs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, trust) = credentials();
+    let small = SpoolConfig {
+        max_bytes: 400_000,
+        ..SpoolConfig::new(dir.path(), "node-a")
+    };
+    let running = start(small, &store).await;
+    let mut refused = 0;
+    for n in 0..2000 {
+        if running.spool.record(denied(&format!("d-{n}"))).await == Err(NotRecorded::Full) {
+            refused += 1;
+        }
+    }
+    assert!(refused > 0, "the spool grew beyond its bound");
+    running.spool.record(opened("c")).await.unwrap();
+    running.stop().await;
+    let report = report(dir.path(), &trust).await;
+    assert!(report.holds(), "{:?}", report.problems);
+    assert_eq!(report.noted_gaps, refused);
+}
+
+#[tokio::test]
+async fn much_that_is_dropped_is_told_of_once_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = credentials();
+    let seldom = SpoolConfig {
+        checkpoint_interval: Duration::from_secs(3600),
+        ..SpoolConfig::new(dir.path(), "node-a")
+    };
+    let running = start(seldom, &store).await;
+    for n in 0..50 {
+        running.spool.drop_one();
+        running.spool.record(opened(&format!("c-{n}"))).await.unwrap();
+    }
+    running.stop().await;
+    let events = events(&entries(dir.path()).await);
+    let gaps: Vec<_> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Gap { entries, .. } => Some(*entries),
+            _ => None,
+        })
+        .collect();
+    let checkpoints = events.iter().filter(|it| matches!(it, Event::Checkpoint(_)));
+    assert_eq!((gaps, checkpoints.count()), (vec![50], 1));
+}
+
+#[tokio::test]
+async fn a_spool_without_any_room_starts_and_is_emptied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = credentials();
+    let small = SpoolConfig {
+        max_bytes: 100_000,
+        ..SpoolConfig::new(dir.path(), "node-a")
+    };
+    let running = start(small.clone(), &store).await;
+    running.spool.record(opened("lost")).await.unwrap();
+    let Event::Closed(long) = closed("x") else {
+        unreachable!()
+    };
+    let long = |bytes| {
+        let reason = Some("x".repeat(bytes));
+        Event::Closed(Closed {
+            reason,
+            ..long.clone()
+        })
+    };
+    for bytes in [100_000, 1000] {
+        let mut written = 0;
+        while running.spool.record_end(long(bytes)).await.is_ok() {
+            written += 1;
+        }
+        assert!(written > 0, "what is too long ends all that follow");
+    }
+    let shortest = || Event::Lost {
+        connection: String::new(),
+    };
+    while running.spool.record_end(shortest()).await.is_ok() {}
+    running.task.abort();
+    let _ = running.task.await;
+    let before = entries(dir.path()).await;
+
+    let running = start(small, &store).await;
+    let refused = running.spool.record(opened("again")).await;
+    assert!(refused.is_err(), "{refused:?}");
+    running.spool.acknowledged(before.last().unwrap().sequence);
+    running.spool.record(opened("again")).await.unwrap();
+    running.stop().await;
+    let events = events(&entries(dir.path()).await[1..]);
+    assert!(matches!(events[0], Event::Restart { .. }), "{events:?}");
+    assert!(
+        matches!(&events[1], Event::Lost { connection } if connection == "lost"),
+        "{events:?}"
+    );
+    assert!(matches!(&events[2], Event::Opened(it) if it.connection == "again"));
+}
+
 #[tokio::test]
 async fn a_changed_file_is_found_and_a_broken_end_is_not_continued() {
     let dir = tempfile::tempdir().unwrap();

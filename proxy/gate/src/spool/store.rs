@@ -35,6 +35,8 @@ pub enum StoreError {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("the gate's restart is not on record yet")]
+    NoRestart,
     #[error("{0} is in use by another gate")]
     InUse(PathBuf),
     #[error("the spool's database: {0}")]
@@ -153,7 +155,27 @@ impl Store {
 
     /// All of the batch or none of it, on disk when this returns.
     pub(super) async fn commit(&mut self, batch: &Batch) -> Result<(), StoreError> {
-        let mut transaction = self.connection.begin_with("BEGIN IMMEDIATE").await?;
+        self.run("BEGIN IMMEDIATE").await?;
+        let written = match self.write(batch).await {
+            Ok(()) => self.run("COMMIT").await,
+            Err(error) => Err(error),
+        };
+        if written.is_err() {
+            // Where the disk was full, SQLite has done it by itself and refuses; sqlx's own
+            // transactions take that for one that goes on, and begin no other.
+            let _ = self.run("ROLLBACK").await;
+        }
+        written
+    }
+
+    async fn run(&mut self, statement: &'static str) -> Result<(), StoreError> {
+        sqlx::raw_sql(statement)
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+
+    async fn write(&mut self, batch: &Batch) -> Result<(), StoreError> {
         for entries in batch.entries.chunks(1000) {
             let mut insert =
                 QueryBuilder::<Sqlite>::new("INSERT INTO entries (sequence, body, hash) ");
@@ -162,21 +184,20 @@ impl Store {
                     .push_bind(&entry.body[..])
                     .push_bind(&entry.hash[..]);
             });
-            insert.build().execute(&mut *transaction).await?;
+            insert.build().execute(&mut self.connection).await?;
         }
         for connection in &batch.opened {
             sqlx::query("INSERT OR IGNORE INTO live (connection) VALUES (?)")
                 .bind(connection)
-                .execute(&mut *transaction)
+                .execute(&mut self.connection)
                 .await?;
         }
         for connection in &batch.ended {
             sqlx::query("DELETE FROM live WHERE connection = ?")
                 .bind(connection)
-                .execute(&mut *transaction)
+                .execute(&mut self.connection)
                 .await?;
         }
-        transaction.commit().await?;
         Ok(())
     }
 

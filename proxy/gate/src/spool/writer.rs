@@ -38,12 +38,15 @@ pub struct Writer {
     queue: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
     committed: watch::Sender<u64>,
+    /// What the record must say before anything else of this start, while the disk refuses it.
+    restart: Events,
     /// Entries since the last checkpoint, and since when there are any.
     unsealed: u64,
     unsealed_since: Option<Instant>,
-    /// The spool has grown to its bound: nothing new may begin until the central record has
-    /// acknowledged enough.
-    full: bool,
+    /// When a checkpoint was last tried, for what is not new enough to be due by itself.
+    sealed: Instant,
+    /// How far the spool has grown.
+    level: Level,
 }
 
 impl std::fmt::Debug for Writer {
@@ -51,6 +54,29 @@ impl std::fmt::Debug for Writer {
         f.debug_struct("Writer")
             .field("head", &self.chain.head())
             .finish_non_exhaustive()
+    }
+}
+
+type Events = Vec<(i64, Event)>;
+
+/// What a spool of some size still takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    All,
+    /// From half of its bound on, what happened is counted where it is not needed for something to
+    /// happen: refusals of one pod do not end the egress of all.
+    Needed,
+    /// At its bound: nothing new may begin until the central record has acknowledged enough.
+    Ends,
+}
+
+impl Level {
+    fn takes(self, event: &Event) -> bool {
+        match event {
+            Event::Denied(_) | Event::Dns(_) => self == Self::All,
+            Event::Opened(_) | Event::Request(_) => self != Self::Ends,
+            _ => true,
+        }
     }
 }
 
@@ -93,15 +119,19 @@ impl Writer {
             queue,
             shared,
             committed,
+            restart: Events::new(),
             unsealed: 0,
             unsealed_since: None,
-            full: false,
+            sealed: Instant::now(),
+            level: Level::All,
         };
-        writer.mark_restart(live).await?;
+        writer.measure().await;
+        writer.mark_restart(live);
+        writer.settle_restart().await;
         Ok((writer, spool))
     }
 
-    async fn mark_restart(&mut self, live: Vec<String>) -> Result<(), StoreError> {
+    fn mark_restart(&mut self, live: Vec<String>) {
         let boot = self.shared.boot.clone();
         let restart = Event::Restart {
             boot,
@@ -110,11 +140,23 @@ impl Writer {
         let lost = live
             .into_iter()
             .map(|connection| Event::Lost { connection });
-        let events = std::iter::once(restart)
-            .chain(lost)
-            .map(|event| (now_ms(), event))
-            .collect();
-        self.commit(events, false).await
+        let events = std::iter::once(restart).chain(lost);
+        self.restart = events.map(|event| (now_ms(), event)).collect();
+    }
+
+    /// Puts the restart on record. A disk or spool without room is no reason not to start: names
+    /// are answered, and what is there is uploaded, which makes room.
+    async fn settle_restart(&mut self) {
+        if self.restart.is_empty() {
+            return;
+        }
+        match self.commit(self.restart.clone(), false).await {
+            Ok(()) => self.restart.clear(),
+            Err(error) => tracing::error!(
+                %error,
+                "the restart cannot be recorded: egress is denied until it can"
+            ),
+        }
     }
 
     /// Writes until cancelled and the queue is empty, then seals the chain.
@@ -141,6 +183,9 @@ impl Writer {
         while let Some(command) = self.queue.recv().await {
             self.batch(command).await;
         }
+        if !self.restart.is_empty() {
+            return;
+        }
         if let Err(error) = self.commit(Vec::new(), true).await {
             tracing::warn!(%error, "the last checkpoint could not be written");
         }
@@ -159,7 +204,7 @@ impl Writer {
                 } => {
                     // Nobody waits for what was only noted.
                     let done = done.unwrap_or_else(|| tokio::sync::oneshot::channel().0);
-                    if self.full && begins(&event) {
+                    if !self.level.takes(&event) {
                         self.refuse_full(done);
                     } else {
                         events.push((time_ms, *event));
@@ -175,9 +220,14 @@ impl Writer {
         if events.is_empty() {
             return;
         }
-        let first = self.chain.head().sequence + 1;
         let count = events.len() as u64;
-        let result = self.commit(events, false).await;
+        self.settle_restart().await;
+        let first = self.chain.head().sequence + 1;
+        let result = if self.restart.is_empty() {
+            self.commit(events, false).await
+        } else {
+            Err(StoreError::NoRestart)
+        };
         if let Err(error) = &result {
             tracing::error!(%error, records = count, "records were not written: egress is denied");
             self.shared.dropped.fetch_add(count, Ordering::Relaxed);
@@ -197,20 +247,24 @@ impl Writer {
     }
 
     async fn seal_if_due(&mut self) {
-        if self.full {
+        let due = |since: Instant| since.elapsed() >= self.config.checkpoint_interval;
+        // Not sooner for drops: they may be one pod's doing, and many.
+        let dropped = self.shared.dropped.load(Ordering::Relaxed) > 0 && due(self.sealed);
+        if !dropped && !self.unsealed_since.is_some_and(due) {
+            return;
+        }
+        self.settle_restart().await;
+        if self.level == Level::Ends || !self.restart.is_empty() {
             return; // the reserve is for ends, not for one gap after the other
         }
-        let due = |since: Instant| since.elapsed() >= self.config.checkpoint_interval;
-        let dropped = self.shared.dropped.load(Ordering::Relaxed) > 0;
-        if (dropped || self.unsealed_since.is_some_and(due))
-            && let Err(error) = self.commit(Vec::new(), true).await
-        {
+        self.sealed = Instant::now();
+        if let Err(error) = self.commit(Vec::new(), true).await {
             tracing::warn!(%error, "a checkpoint could not be written");
         }
     }
 
     /// Appends to a copy of the chain, which takes the chain's place once it is on disk.
-    async fn commit(&mut self, events: Vec<(i64, Event)>, seal: bool) -> Result<(), StoreError> {
+    async fn commit(&mut self, events: Events, seal: bool) -> Result<(), StoreError> {
         let mut chain = self.chain.clone();
         let mut batch = Batch::default();
         let node = self.config.node.clone();
@@ -231,22 +285,26 @@ impl Writer {
         for (time_ms, event) in events {
             append(&mut chain, &mut batch, time_ms, event);
         }
-        let dropped = self.shared.dropped.load(Ordering::Relaxed);
-        if dropped > 0 {
+        let seal = seal || self.unsealed + batch.entries.len() as u64 >= self.config.checkpoint_entries;
+        let told = if seal {
+            self.shared.dropped.load(Ordering::Relaxed)
+        } else {
+            0
+        };
+        if told > 0 {
             let reason = "records beyond the queue, the disk or a pod's budget".into();
             append(
                 &mut chain,
                 &mut batch,
                 now_ms(),
                 Event::Gap {
-                    entries: dropped,
+                    entries: told,
                     reason,
                 },
             );
         }
         let unsealed = self.unsealed + batch.entries.len() as u64;
-        let wanted = unsealed > 0 && (seal || unsealed >= self.config.checkpoint_entries);
-        let checkpoint = if wanted {
+        let checkpoint = if seal && unsealed > 0 {
             self.checkpoint(&chain)
         } else {
             None
@@ -273,7 +331,7 @@ impl Writer {
             .metrics
             .commit_entries
             .observe(batch.entries.len() as f64);
-        self.shared.dropped.fetch_sub(dropped, Ordering::Relaxed);
+        self.shared.dropped.fetch_sub(told, Ordering::Relaxed);
         self.chain = chain;
         self.unsealed = if sealed { 0 } else { unsealed };
         self.unsealed_since = if sealed {
@@ -282,24 +340,41 @@ impl Writer {
             self.unsealed_since.or_else(|| Some(Instant::now()))
         };
         self.committed.send_replace(self.chain.head().sequence);
-        self.measure().await
+        self.measure().await;
+        Ok(())
     }
 
-    async fn measure(&mut self) -> Result<(), StoreError> {
-        let full = self.store.used().await? >= self.config.max_bytes;
-        if full != self.full {
-            self.full = full;
-            if full {
-                tracing::error!(
-                    bound = self.config.max_bytes,
-                    "the spool is full: new egress is denied until the central record has \
-                     acknowledged enough of it, or its bound is raised"
-                );
-            } else {
-                tracing::info!("the spool has room again");
-            }
+    /// What is on disk stays so if this fails.
+    async fn measure(&mut self) {
+        let used = match self.store.used().await {
+            Ok(used) => used,
+            Err(error) => return tracing::error!(%error, "the spool cannot be measured"),
+        };
+        let bound = self.config.max_bytes;
+        let level = if used >= bound {
+            Level::Ends
+        } else if used >= bound / 2 {
+            Level::Needed
+        } else {
+            Level::All
+        };
+        if level == self.level {
+            return;
         }
-        Ok(())
+        self.level = level;
+        match level {
+            Level::All => tracing::info!("the spool has room again"),
+            Level::Needed => tracing::warn!(
+                bound,
+                "the spool is half full: refusals and answers are counted, not recorded, until the \
+                 central record has acknowledged enough of it"
+            ),
+            Level::Ends => tracing::error!(
+                bound,
+                "the spool is full: new egress is denied until the central record has \
+                 acknowledged enough of it, or its bound is raised"
+            ),
+        }
     }
 
     /// None while there are no credentials yet: the entries stay unsealed until there are.
@@ -313,29 +388,19 @@ impl Writer {
 
     async fn prune(&mut self, acknowledged: u64) {
         // The last acknowledged entry stays: the next one follows from it.
-        let keep = if self.full {
-            0
-        } else {
+        let keep = if self.level == Level::All && self.restart.is_empty() {
             self.config.keep_acknowledged
+        } else {
+            0
         };
         let keep_from = acknowledged.saturating_sub(keep);
         if keep_from <= 1 {
             return;
         }
-        let pruned = async {
-            self.store.prune(keep_from).await?;
-            self.measure().await
-        };
-        if let Err(error) = pruned.await {
+        if let Err(error) = self.store.prune(keep_from).await {
             tracing::warn!(%error, "acknowledged entries could not be removed from the spool");
         }
+        self.measure().await;
+        self.settle_restart().await;
     }
-}
-
-/// Whether an event is something new, which can be refused; not the end of what is on record.
-fn begins(event: &Event) -> bool {
-    matches!(
-        event,
-        Event::Opened(_) | Event::Request(_) | Event::Denied(_) | Event::Dns(_)
-    )
 }
