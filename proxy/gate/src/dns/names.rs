@@ -42,8 +42,9 @@ impl Names {
         }
     }
 
-    /// Notes an answer before it is given. Says whether it told the pod anything new: an answer
-    /// whose TTL had passed is new again.
+    /// Notes an answer before it is given. Says whether it told the pod anything new: an answer that
+    /// holds for longer is, since after a restart the record alone says so. One from the cache never
+    /// does.
     pub fn learn(
         &mut self,
         name: &HostName,
@@ -64,7 +65,7 @@ impl Names {
             let known = self.by_address.entry(*address).or_default();
             match known.iter_mut().find(|resolved| resolved.name == *name) {
                 Some(resolved) => {
-                    news |= resolved.expires < now + GRACE || resolved.chain != chain;
+                    news |= expires > resolved.expires || resolved.chain != chain;
                     resolved.expires = resolved.expires.max(expires);
                     resolved.chain = chain.to_vec();
                 }
@@ -123,6 +124,19 @@ mod tests {
             Ok(false)
         );
         assert_eq!(names.leading_to(address, now + minute).len(), 1);
+        let half_a_second = Duration::from_millis(500);
+        assert_eq!(
+            names.learn(&host("a.example"), &[], &[address], minute - half_a_second, now),
+            Ok(false),
+            "from the cache"
+        );
+        let again = now + minute - half_a_second;
+        assert_eq!(
+            names.learn(&host("a.example"), &[], &[address], minute, again),
+            Ok(true),
+            "a restart must know of it"
+        );
+        let now = again;
         assert_eq!(names.leading_to(address, now + minute + GRACE + minute), []);
         assert_eq!(names.leading_to("203.0.113.2".parse().unwrap(), now), []);
     }
