@@ -10,15 +10,14 @@ use std::{
 };
 
 use hickory_proto::rr::RecordType;
-use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 use turnpike_ledger::{Event, record};
 use turnpike_rules::{address, egress, host::HostName, pod::PodEgress};
 
 use super::{
     cache::Cache,
+    flights::Answers,
     message::{Code, Question, Reply},
-    upstream,
 };
 use crate::{
     describe,
@@ -48,7 +47,7 @@ pub struct Resolver {
     config: DnsConfig,
     state: State,
     spool: Spool,
-    cache: Mutex<Cache>,
+    answers: Answers,
     metrics: Arc<Metrics>,
 }
 
@@ -75,7 +74,7 @@ impl Resolver {
             config,
             state,
             spool,
-            cache: Mutex::new(Cache::new(CACHE)),
+            answers: Answers::new(Cache::new(CACHE)),
             metrics,
         }
     }
@@ -280,11 +279,7 @@ impl Resolver {
 
     /// From the cache or the server that the name belongs to.
     async fn forward(&self, question: &Question) -> Result<Reply, Refusal> {
-        let cached = self
-            .cache
-            .lock()
-            .get(&question.name, question.kind, Instant::now());
-        if let Some(reply) = cached {
+        if let Some(reply) = self.answers.cached(question) {
             self.metrics.dns_cache_hits.inc();
             return Ok(reply);
         }
@@ -297,16 +292,8 @@ impl Resolver {
         } else {
             self.config.upstream
         };
-        match upstream::ask(server, question).await {
-            Ok(reply) => {
-                if matches!(reply.code, Code::Ok | Code::NoSuchName) {
-                    let now = Instant::now();
-                    self.cache
-                        .lock()
-                        .put(&question.name, question.kind, reply.clone(), now);
-                }
-                Ok(reply)
-            }
+        match self.answers.ask(server, question).await {
+            Ok(reply) => Ok(reply),
             Err(error) => {
                 tracing::warn!(%error, name = question.name, "a question found no answer");
                 self.count("no-answer");

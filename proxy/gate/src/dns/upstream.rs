@@ -1,20 +1,30 @@
 //! Asking a server: UDP from a fresh port with a fresh id, TCP where the answer is cut short.
+//!
+//! A question is repeated well within the time that clients wait, and whichever of its datagrams is
+//! answered first decides.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UdpSocket},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::message::{BadReply, Question, Reply};
 
-const ATTEMPTS: u32 = 3;
-const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1500);
+/// When the question is repeated, counted from the first.
+const REPEATS: [Duration; 3] = [
+    Duration::from_millis(300),
+    Duration::from_millis(600),
+    Duration::from_millis(1500),
+];
+/// When it is given up.
+const PATIENCE: Duration = Duration::from_millis(4500);
 const TCP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Datagrams of one attempt that are not the answer: beyond this somebody is guessing.
 const STRAYS: usize = 16;
@@ -40,22 +50,37 @@ pub enum AskError {
 
 /// Asks `server`, again where no answer comes.
 pub async fn ask(server: SocketAddr, question: &Question) -> Result<Reply, AskError> {
+    let begun = Instant::now();
+    let mut attempts = FuturesUnordered::from_iter([ask_udp(server, question)]);
+    let mut repeats = REPEATS.iter().map(|after| begun + *after);
+    let mut next = repeats.next();
     let mut last = AskError::TimedOut(server);
-    for _ in 0..ATTEMPTS {
-        match ask_udp(server, question).await {
-            Err(AskError::Reply {
-                source: BadReply::Truncated,
-                ..
-            }) => {
-                return timeout(TCP_TIMEOUT, ask_tcp(server, question))
-                    .await
-                    .unwrap_or(Err(AskError::TimedOut(server)));
+    loop {
+        let wake = if attempts.is_empty() {
+            Instant::now() // refused at once: nothing to wait for
+        } else {
+            next.unwrap_or(begun + PATIENCE)
+        };
+        tokio::select! {
+            biased;
+            Some(answered) = attempts.next() => match answered {
+                Err(AskError::Reply { source: BadReply::Truncated, .. }) => {
+                    return timeout(TCP_TIMEOUT, ask_tcp(server, question))
+                        .await
+                        .unwrap_or(Err(AskError::TimedOut(server)));
+                }
+                Err(error @ (AskError::TimedOut(_) | AskError::Io { .. })) => last = error,
+                other => return other,
+            },
+            () = sleep_until(wake) => {
+                if next.take().is_none() {
+                    return Err(last);
+                }
+                attempts.push(ask_udp(server, question));
+                next = repeats.next();
             }
-            Err(error @ (AskError::TimedOut(_) | AskError::Io { .. })) => last = error,
-            other => return other,
         }
     }
-    Err(last)
 }
 
 async fn ask_udp(server: SocketAddr, question: &Question) -> Result<Reply, AskError> {
@@ -70,13 +95,9 @@ async fn ask_udp(server: SocketAddr, question: &Question) -> Result<Reply, AskEr
     let id = fastrand::u16(..);
     let query = question.upstream(id).ok_or(AskError::Question)?;
     socket.send(&query).await.map_err(io)?;
-    let deadline = Instant::now() + ATTEMPT_TIMEOUT;
     let mut buffer = vec![0; 4096];
     for _ in 0..STRAYS {
-        let received = timeout_at(deadline, socket.recv(&mut buffer)).await;
-        let length = received
-            .map_err(|_| AskError::TimedOut(server))?
-            .map_err(io)?;
+        let length = socket.recv(&mut buffer).await.map_err(io)?;
         match question.read_reply(id, &buffer[..length]) {
             Ok(reply) => return Ok(reply),
             // Whoever guesses must not be able to end the attempt.
@@ -101,4 +122,63 @@ async fn ask_tcp(server: SocketAddr, question: &Question) -> Result<Reply, AskEr
     question
         .read_reply(id, &buffer)
         .map_err(|source| AskError::Reply { server, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::{
+        op::{Message, OpCode},
+        rr::RecordType,
+    };
+
+    use super::*;
+
+    fn answer(query: &[u8]) -> Vec<u8> {
+        let query = Message::from_vec(query).unwrap();
+        let mut answer = Message::response(query.metadata.id, OpCode::Query);
+        answer.add_query(query.queries[0].clone());
+        answer.to_vec().unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_lost_datagram_leaves_time_for_the_answer() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let at = server.local_addr().unwrap();
+        let serving = async {
+            let mut buffer = [0; 512];
+            server.recv_from(&mut buffer).await.unwrap();
+            let (length, peer) = server.recv_from(&mut buffer).await.unwrap();
+            server.send_to(&answer(&buffer[..length]), peer).await.unwrap();
+        };
+        let question = Question::new("a.example.", RecordType::A);
+        // A client asks the next server after as long.
+        let asking = timeout(Duration::from_millis(1400), ask(at, &question));
+        let (reply, ()) = tokio::join!(asking, serving);
+        reply.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_late_answer_counts_after_the_question_was_repeated() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let at = server.local_addr().unwrap();
+        let serving = async {
+            let (mut buffer, mut other) = ([0; 512], [0; 512]);
+            let (length, peer) = server.recv_from(&mut buffer).await.unwrap();
+            server.recv_from(&mut other).await.unwrap();
+            server.send_to(&answer(&buffer[..length]), peer).await.unwrap();
+        };
+        let question = Question::new("a.example.", RecordType::A);
+        let (reply, ()) = tokio::join!(ask(at, &question), serving);
+        reply.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_given_up_at_once() {
+        let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let at = gone.local_addr().unwrap();
+        drop(gone);
+        let question = Question::new("a.example.", RecordType::A);
+        let asked = ask(at, &question).await;
+        assert!(matches!(asked, Err(AskError::Io { .. })), "{asked:?}");
+    }
 }
