@@ -10,7 +10,7 @@ use std::{
 };
 
 use hickory_proto::rr::RecordType;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use turnpike_ledger::{Event, record};
 use turnpike_rules::{address, egress, host::HostName, pod::PodEgress};
 
@@ -23,7 +23,7 @@ use crate::{
     describe,
     metrics::{Answered, Metrics},
     spool::Spool,
-    state::{Pod, Standing, State, View},
+    state::{Pod, PodRuntime, Standing, State, View},
 };
 
 /// Answers kept, in each of two generations.
@@ -79,18 +79,24 @@ impl Resolver {
         }
     }
 
-    /// Room for one more question, or connection of questions, of the pod at `source`; None while
-    /// it has as many as it may have. Whoever is no pod needs no room: it is refused at once.
+    /// Room for one more question of the pod at `source`; None while it has as many as it may have.
+    /// Whoever is no pod needs no room: it is refused at once.
     pub fn admit(&self, source: IpAddr) -> Option<Option<OwnedSemaphorePermit>> {
-        let view = self.state.view();
-        match view.standing(source).pod() {
-            Some(pod) => pod
-                .runtime
-                .questions
-                .clone()
-                .try_acquire_owned()
-                .ok()
-                .map(Some),
+        self.room(source, |runtime| &runtime.questions)
+    }
+
+    /// The same for a connection of questions.
+    pub fn admit_connection(&self, source: IpAddr) -> Option<Option<OwnedSemaphorePermit>> {
+        self.room(source, |runtime| &runtime.dns_connections)
+    }
+
+    fn room(
+        &self,
+        source: IpAddr,
+        of: impl Fn(&PodRuntime) -> &Arc<Semaphore>,
+    ) -> Option<Option<OwnedSemaphorePermit>> {
+        match self.state.view().standing(source).pod() {
+            Some(pod) => of(&pod.runtime).clone().try_acquire_owned().ok().map(Some),
             None => Some(None),
         }
     }

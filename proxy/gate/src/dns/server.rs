@@ -25,7 +25,7 @@ const QUESTIONS: usize = 1024;
 /// TCP connections; further ones wait in the kernel's queue.
 const CONNECTIONS: usize = 256;
 const QUESTIONS_PER_CONNECTION: usize = 100;
-const IDLE: Duration = Duration::from_secs(10);
+const IDLE: Duration = Duration::from_secs(2);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A question has one name of at most 255 bytes; options are not taken.
 const MAX_QUERY: usize = 4096;
@@ -96,7 +96,7 @@ pub async fn serve_tcp(
         };
         match accepted {
             Ok((stream, peer)) => {
-                let Some(room) = resolver.admit(source(peer)) else {
+                let Some(room) = resolver.admit_connection(source(peer)) else {
                     continue;
                 };
                 let (resolver, cancel) = (resolver.clone(), cancel.clone());

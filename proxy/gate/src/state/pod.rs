@@ -19,8 +19,10 @@ pub struct PodLimits {
     pub connections: usize,
     pub dns_per_second: u32,
     pub dns_burst: u32,
-    /// Questions waiting for an answer, and TCP connections that ask.
+    /// Questions over UDP waiting for an answer.
     pub dns_in_work: usize,
+    /// TCP connections that ask: few, since all pods share the places for them.
+    pub dns_connections: usize,
     /// Refusals written down one by one; more become a `gap`.
     pub denials_per_second: u32,
     /// Addresses remembered as answers to this pod.
@@ -34,6 +36,7 @@ impl Default for PodLimits {
             dns_per_second: 200,
             dns_burst: 1000,
             dns_in_work: 64,
+            dns_connections: 8,
             denials_per_second: 50,
             names: 4096,
         }
@@ -59,6 +62,7 @@ pub struct Pod {
 pub struct PodRuntime {
     pub connections: Arc<Semaphore>,
     pub questions: Arc<Semaphore>,
+    pub dns_connections: Arc<Semaphore>,
     pub queries: Mutex<Bucket>,
     pub denials: Mutex<Bucket>,
     pub names: Mutex<Names>,
@@ -69,6 +73,7 @@ impl PodRuntime {
         Arc::new(Self {
             connections: Arc::new(Semaphore::new(limits.connections)),
             questions: Arc::new(Semaphore::new(limits.dns_in_work)),
+            dns_connections: Arc::new(Semaphore::new(limits.dns_connections)),
             queries: Mutex::new(Bucket::new(limits.dns_per_second, limits.dns_burst)),
             denials: Mutex::new(Bucket::new(
                 limits.denials_per_second,

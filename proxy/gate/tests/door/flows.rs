@@ -14,7 +14,7 @@ use crate::{
     namespace::Namespace,
     outside::{self, ask},
     web, world,
-    world::{eventually, pod4, tls},
+    world::{connect, eventually, pod4, tls},
 };
 
 #[test]
@@ -80,6 +80,17 @@ fn a_port_used_again_is_connected_at_the_first_attempt() {
         assert!(answer.starts_with("HTTP/1.1 200"), "turn {turn}: {answer}");
     }
     assert_eq!(world.unrecorded(), 0);
+}
+
+#[test]
+fn connections_that_ask_nothing_leave_room_for_questions() {
+    let world = world("idle");
+    let pod = &world.pods[0];
+    let held: Vec<_> = (0..80).map(|_| connect(pod, at(DNS)).unwrap()).collect();
+    let mut last = &held[79];
+    // More than it may have: closed at once.
+    assert_eq!(last.read(&mut [0; 1]).unwrap(), 0);
+    ask(pod, at(DNS), "partner.example", RecordType::A).unwrap();
 }
 
 fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
