@@ -30,7 +30,7 @@ const AUDIT_FIRST_BYTES: Duration = Duration::from_millis(500);
 /// A fatal `access_denied`, for a client that has just sent its ClientHello.
 const TLS_ACCESS_DENIED: &[u8] = &[21, 3, 3, 0, 2, 2, 49];
 /// For a refused client to read why.
-const FAREWELL: Duration = Duration::from_secs(1);
+pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What ends the door's work: `accepting` first, `deadline` when the connections must end too.
 #[derive(Clone, Debug, Default)]

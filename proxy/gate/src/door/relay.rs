@@ -8,10 +8,13 @@ use tokio::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
-use super::tcp_info::{Unacknowledged, unacknowledged};
+use super::{
+    accept::{FAREWELL, farewell},
+    tcp_info::{Unacknowledged, unacknowledged},
+};
 
 /// Taken when there is something to read, given back when there is nothing left.
 const BUFFER: usize = 64 * 1024;
@@ -28,7 +31,8 @@ pub(super) struct Ended {
 }
 
 /// Copies until both directions have ended, each by itself: an end of stream is passed on as one.
-/// A slow reader slows its writer, since no more than one buffer a direction is held.
+/// A slow reader slows its writer, since no more than one buffer a direction is held. A destination
+/// that takes no more has often said why: that is passed on to its end.
 pub(super) async fn relay(
     client: &mut TcpStream,
     upstream: &mut TcpStream,
@@ -36,13 +40,33 @@ pub(super) async fn relay(
 ) -> io::Result<()> {
     let (client_read, mut client_write) = client.split();
     let (upstream_read, mut upstream_write) = upstream.split();
-    let out = pump(&client_read, &mut upstream_write);
+    let mut refused = None;
+    let out = async {
+        match pump(&client_read, &mut upstream_write).await {
+            Err(Broken::Writing(error)) => {
+                refused = Some(error);
+                Ok(())
+            }
+            Err(Broken::Reading(error)) => Err(error),
+            Ok(()) => Ok(()),
+        }
+    };
     let back = async {
         let result = pump(&upstream_read, &mut client_write).await;
         ended.upstream = result.is_ok();
-        result
+        result.map_err(|(Broken::Reading(error) | Broken::Writing(error))| error)
     };
-    tokio::try_join!(out, back).map(drop)
+    let result = tokio::try_join!(out, back);
+    if refused.is_some() {
+        farewell(client, b"").await;
+    } else if result.is_err() {
+        // It is aborted, but has what came before the break. Nothing follows from it if not.
+        let _ = timeout(FAREWELL, drained(client)).await;
+    }
+    match refused {
+        Some(error) => Err(error),
+        None => result.map(drop),
+    }
 }
 
 /// Waits until the peer has all that was written to `socket`, and its end. What the kernel still
@@ -67,17 +91,23 @@ pub(super) async fn drained(socket: &impl AsFd) -> io::Result<()> {
     }
 }
 
-async fn pump(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>) -> io::Result<()> {
+/// The side at which a direction broke.
+enum Broken {
+    Reading(io::Error),
+    Writing(io::Error),
+}
+
+async fn pump(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>) -> Result<(), Broken> {
     loop {
-        from.readable().await?;
+        from.readable().await.map_err(Broken::Reading)?;
         let mut buffer = Vec::with_capacity(BUFFER);
         loop {
             buffer.clear();
             match from.try_read_buf(&mut buffer) {
-                Ok(0) => return to.shutdown().await,
-                Ok(_) => to.write_all(&buffer).await?,
+                Ok(0) => return to.shutdown().await.map_err(Broken::Writing),
+                Ok(_) => to.write_all(&buffer).await.map_err(Broken::Writing)?,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
+                Err(error) => return Err(Broken::Reading(error)),
             }
         }
     }

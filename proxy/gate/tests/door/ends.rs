@@ -75,3 +75,17 @@ fn revocation_reaches_what_the_destination_has_yet_to_take() {
     std::thread::sleep(Duration::from_millis(300));
     assert!(mail.bytes() <= closed.bytes_out, "{}", mail.bytes());
 }
+
+#[test]
+fn an_answer_that_comes_before_the_end_of_the_question_is_delivered() {
+    let world = world("early");
+    outside::refuser(&world.outside, at(MAIL));
+    for turn in 0..20 {
+        let mut stream = connect(&world.pods[0], at(MAIL)).unwrap();
+        // The pod notices only when it has written all that it can.
+        let _ = stream.write_all(&vec![b'x'; 1 << 20]);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        assert_eq!(answer, outside::REFUSAL, "turn {turn}");
+    }
+}

@@ -170,6 +170,17 @@ pub(crate) fn slow_reader(
     })
 }
 
+pub(crate) const REFUSAL: &[u8] =
+    b"HTTP/1.1 413 Content Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+/// Answers after the first bytes and closes, whatever else is on its way.
+pub(crate) fn refuser(outside: &Namespace, at: SocketAddr) -> Seen {
+    listen(outside, at, |mut stream| {
+        let _ = stream.read_exact(&mut [0; 1024]);
+        let _ = stream.write_all(REFUSAL);
+    })
+}
+
 /// HTTP/1.1 whose answers' bodies are the heads of the requests as they arrived.
 pub(crate) fn http(outside: &Namespace, at: SocketAddr) -> Seen {
     listen(outside, at, |mut stream| {
