@@ -59,17 +59,24 @@ impl Cluster {
             "condition=Ready",
             Duration::from_secs(120),
         )?;
+        self.rolled_out()?;
+        self.kubectl
+            .rolled_out("kube-system", "deploy/coredns", Duration::from_secs(60))
+    }
+
+    /// Waits until every part of ours is up, as its template says now.
+    pub fn rolled_out(&self) -> Result<()> {
         for what in [
             "ds/turnpike-node",
             "ds/turnpike-gate",
             "deploy/turnpike-controller",
             "sts/turnpike-audit",
         ] {
+            // Each node's gate may drain for as long as it may.
             self.kubectl
-                .rolled_out(NAMESPACE, what, Duration::from_secs(120))?;
+                .rolled_out(NAMESPACE, what, Duration::from_secs(150))?;
         }
-        self.kubectl
-            .rolled_out("kube-system", "deploy/coredns", Duration::from_secs(60))
+        Ok(())
     }
 
     pub fn install_gateway_api(&self) -> Result<()> {

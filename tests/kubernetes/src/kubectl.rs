@@ -16,7 +16,9 @@ use turnpike_vpc::netns::{Command, Namespace, Output};
 use crate::build::Cache;
 
 /// No command that is not told otherwise takes longer.
-const LIMIT: &str = "120";
+const LIMIT: Duration = Duration::from_secs(120);
+/// What a command that has a limit of its own is given beyond it, to say so.
+const GRACE: Duration = Duration::from_secs(15);
 
 /// What a command said.
 #[derive(Clone, Debug)]
@@ -57,7 +59,7 @@ impl Kubectl {
 
     /// Any kubectl command, to its end.
     pub fn run(&self, arguments: &[&str]) -> Result<Said> {
-        self.feed("kubectl", arguments, "")
+        self.feed("kubectl", arguments, "", LIMIT)
     }
 
     /// Any kubectl command, which must succeed; what it printed.
@@ -74,7 +76,19 @@ impl Kubectl {
 
     /// `kubectl apply` of YAML; what it printed, also a refusal.
     pub fn try_apply(&self, yaml: &str) -> Result<Said> {
-        self.feed("kubectl", &["apply", "-f", "-"], yaml)
+        self.feed("kubectl", &["apply", "-f", "-"], yaml, LIMIT)
+    }
+
+    /// `kubectl create` of an object that is an answer, such as a TokenReview; the answer as JSON.
+    pub fn create(&self, yaml: &str) -> Result<Said> {
+        let line = ["create", "-o", "json", "-f", "-"];
+        self.feed("kubectl", &line, yaml, LIMIT)
+    }
+
+    /// What the API server would make of an object, its webhooks included; nothing is kept.
+    pub fn dry_run(&self, yaml: &str) -> Result<Said> {
+        let line = ["create", "--dry-run=server", "-o", "json", "-f", "-"];
+        self.feed("kubectl", &line, yaml, LIMIT)
     }
 
     pub fn apply(&self, yaml: &str) -> Result<()> {
@@ -84,7 +98,7 @@ impl Kubectl {
     }
 
     pub fn helm(&self, arguments: &[&str]) -> Result<Said> {
-        self.feed("helm", arguments, "")
+        self.feed("helm", arguments, "", LIMIT)
     }
 
     /// One object, typed.
@@ -127,7 +141,8 @@ impl Kubectl {
     /// Waits until a Deployment, StatefulSet or DaemonSet is rolled out.
     pub fn rolled_out(&self, namespace: &str, what: &str, limit: Duration) -> Result<()> {
         let timeout = format!("--timeout={}s", limit.as_secs());
-        let said = self.run(&["-n", namespace, "rollout", "status", what, &timeout])?;
+        let line = ["-n", namespace, "rollout", "status", what, &timeout];
+        let said = self.feed("kubectl", &line, "", limit + GRACE)?;
         if said.ok {
             return Ok(());
         }
@@ -150,7 +165,8 @@ impl Kubectl {
             format!("--for={condition}"),
             format!("--timeout={}s", limit.as_secs()),
         );
-        let said = self.run(&["-n", namespace, "wait", what, &condition, &timeout])?;
+        let line = ["-n", namespace, "wait", what, &condition, &timeout];
+        let said = self.feed("kubectl", &line, "", limit + GRACE)?;
         if said.ok {
             return Ok(());
         }
@@ -191,7 +207,8 @@ impl Kubectl {
     /// Any program on the instance `control`, e.g. curl to a forwarded port.
     pub fn on_control(&self, line: &[&str]) -> Result<Said> {
         let (program, arguments) = line.split_first().context("an empty command line")?;
-        let mut limited = vec![LIMIT, *program];
+        let limit = LIMIT.as_secs().to_string();
+        let mut limited = vec![&*limit, *program];
         limited.extend(arguments);
         said(Command::new("timeout").args(limited), &self.control, "")
     }
@@ -221,9 +238,16 @@ impl Kubectl {
             .env("HOME", home)
     }
 
-    fn feed(&self, program: &str, arguments: &[&str], input: &str) -> Result<Said> {
+    fn feed(
+        &self,
+        program: &str,
+        arguments: &[&str],
+        input: &str,
+        limit: Duration,
+    ) -> Result<Said> {
         let path = self.programs.join(program).to_string_lossy().into_owned();
-        let mut line = vec![LIMIT, &path];
+        let limit = limit.as_secs().to_string();
+        let mut line = vec![&*limit, &path];
         line.extend(arguments);
         let home = self.kubeconfig.with_file_name("home");
         let command = Command::new("timeout")

@@ -22,6 +22,7 @@ pub mod control;
 pub mod images;
 pub mod kubectl;
 pub mod node;
+pub mod tokens;
 pub mod tour;
 pub mod workloads;
 

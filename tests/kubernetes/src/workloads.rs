@@ -56,6 +56,28 @@ pub fn web_on(node: &str, namespace: &str, name: &str, replicas: u32) -> Vec<Val
     objects
 }
 
+/// As [`web`], with one pod on each of these nodes, whose Deployments are `NAME-NODE`.
+pub fn web_on_each(nodes: &[&str], namespace: &str, name: &str) -> Vec<Value> {
+    let mut objects = vec![
+        service_account(namespace, name),
+        service(namespace, name, name),
+    ];
+    for node in nodes {
+        let labels = json!({"app": name, "on": node});
+        let mut pod = web_pod(name);
+        pod["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+        objects.push(json!({
+            "apiVersion": "apps/v1", "kind": "Deployment",
+            "metadata": {"namespace": namespace, "name": format!("{name}-{node}")},
+            "spec": {
+                "replicas": 1, "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+            },
+        }));
+    }
+    objects
+}
+
 /// The pod of [`web`], probed in each of the three ways.
 pub fn web_pod(name: &str) -> Value {
     json!({

@@ -160,6 +160,45 @@ impl Node {
     /// Kills the first process of a container, found by pod and container name. Its kubelet will
     /// notice as it notices a crash.
     pub fn kill_container(&self, namespace: &str, pod: &str, container: &str) -> Result<()> {
+        for pid in self.processes_of(namespace, pod, container)? {
+            self.signal("KILL", &pid)?;
+        }
+        Ok(())
+    }
+
+    /// Stops the first process of a container where it is, until what is returned is dropped: it
+    /// keeps its connections and says nothing on them. Kubelet's liveness probes of our own parts
+    /// take a minute to see that.
+    pub fn pause_container(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+    ) -> Result<Paused<'_>> {
+        let processes = self.processes_of(namespace, pod, container)?;
+        let paused = Paused {
+            node: self,
+            processes,
+        };
+        for pid in &paused.processes {
+            self.signal("STOP", pid)?;
+        }
+        Ok(paused)
+    }
+
+    fn signal(&self, signal: &str, pid: &str) -> Result<()> {
+        let said = self.run(&["kill", &format!("-{signal}"), pid])?;
+        ensure!(
+            said.ok,
+            "kill -{signal} {pid} on {}: {}",
+            self.name,
+            said.err
+        );
+        Ok(())
+    }
+
+    /// The first processes of a container's tasks that run, as the node numbers them; at least one.
+    fn processes_of(&self, namespace: &str, pod: &str, container: &str) -> Result<Vec<String>> {
         let filter =
             |label: &str, value: &str| format!("labels.\"io.kubernetes.{label}\"=={value}");
         let all = [
@@ -170,29 +209,24 @@ impl Node {
         .join(",");
         let listed = self.run(&["ctr", "-n", "k8s.io", "containers", "ls", "-q", &all])?;
         let tasks = self.run(&["ctr", "-n", "k8s.io", "tasks", "ls"])?;
-        let mut killed = false;
-        for id in listed.out.lines() {
-            let task = tasks
-                .out
-                .lines()
-                .map(|line| line.split_whitespace().collect::<Vec<_>>());
-            for words in
-                task.filter(|words| words.first() == Some(&id) && words.get(2) == Some(&"RUNNING"))
-            {
-                let pid = words.get(1).copied().unwrap_or_default();
-                let said = self.run(&["kill", "-KILL", pid])?;
-                ensure!(said.ok, "kill {pid} on {}: {}", self.name, said.err);
-                killed = true;
+        let running = tasks.out.lines().filter_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                [id, pid, "RUNNING"] if listed.out.lines().any(|listed| listed == id) => {
+                    Some(pid.to_owned())
+                }
+                _ => None,
             }
-        }
+        });
+        let running: Vec<String> = running.collect();
         ensure!(
-            killed,
+            !running.is_empty(),
             "no container {container} of {namespace}/{pod} runs on {}: {}{}",
             self.name,
             listed.all(),
             tasks.all()
         );
-        Ok(())
+        Ok(running)
     }
 
     /// The end of a service's log: `containerd`, `kubelet` or `kube-proxy`.
@@ -210,6 +244,22 @@ impl Node {
         let folder = format!("/proc/{}/root/run/netns", self.init_pid()?);
         let entries = fs::read_dir(&folder).with_context(|| folder.clone())?;
         Ok(entries.flatten().map(|entry| entry.path()).collect())
+    }
+}
+
+/// A container whose first process stands still. Dropping it lets it go on.
+#[derive(Debug)]
+pub struct Paused<'a> {
+    node: &'a Node,
+    processes: Vec<String>,
+}
+
+impl Drop for Paused<'_> {
+    /// One that was killed meanwhile has nothing to go on with.
+    fn drop(&mut self) {
+        for pid in &self.processes {
+            let _ = self.node.signal("CONT", pid);
+        }
     }
 }
 
