@@ -1,11 +1,18 @@
 //! What people do wrong: each time a message where they look, which says what to do.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
-use turnpike_cluster::{Cluster, Said, chart, images::TAGS, workloads};
+use turnpike_cluster::{Cluster, Kubectl, Said, chart, images::TAGS, workloads};
 
-use crate::stage::{SOON, passes, passes_soon, soon};
+use crate::{
+    kills::ours,
+    roads::web_pods,
+    sidecars::{is_told, with_token},
+    stage::{EFFECT, SOON, passes, passes_soon, soon},
+};
 
 const NAMESPACE: &str = "mistakes";
 
@@ -56,10 +63,15 @@ pub(crate) fn labels(cluster: &mut Cluster) -> Result<()> {
         pod["metadata"]["labels"]["turnpike.dev/inject"] = "no".into()
     }))?;
     refused(&said, &["turnpike.dev/inject", "enabled", "disabled"])?;
-    // Opting out is a right; who looks sees it on the pod.
-    kubectl.apply(&pod("out", |pod| {
+    // Opting out is a right; who does it is told what it means.
+    let said = kubectl.try_apply(&pod("out", |pod| {
         pod["metadata"]["labels"]["turnpike.dev/inject"] = "disabled".into()
     }))?;
+    ensure!(
+        said.ok && said.err.contains("pod out gets no sidecar"),
+        "{}",
+        said.all()
+    );
     let out: Pod = kubectl.get(NAMESPACE, "out")?;
     ensure!(
         out.spec
@@ -69,6 +81,32 @@ pub(crate) fn labels(cluster: &mut Cluster) -> Result<()> {
         "it was injected"
     );
     Ok(())
+}
+
+/// What ran before its namespace's label stays outside, and its user is told how to bring it in.
+pub(crate) fn a_late_label(cluster: &mut Cluster) -> Result<()> {
+    const LATE: &str = "late-label";
+    let kubectl = &cluster.kubectl;
+    let mut objects = vec![workloads::namespace(LATE, false)];
+    objects.extend(workloads::web(LATE, "web", 1));
+    kubectl.apply(&workloads::list(&objects))?;
+    kubectl.rolled_out(LATE, "deploy/web", SOON)?;
+    kubectl.ok(&["label", "namespace", LATE, "turnpike.dev/inject=enabled"])?;
+    soon(EFFECT, "an event on its pod says what to do", || {
+        let line = ["-n", LATE, "get", "events", "--field-selector"];
+        let events = kubectl.ok(&[&line[..], &["reason=OutsideMesh"]].concat())?;
+        Ok(events.contains("pod/web-") && events.contains("rollout restart deployment/web"))
+    })?;
+    kubectl.ok(&["-n", LATE, "rollout", "restart", "deployment/web"])?;
+    kubectl.rolled_out(LATE, "deploy/web", SOON)?;
+    soon(SOON, "that brings it in", || {
+        let pods = web_pods(cluster, LATE)?;
+        let inside = |pod: &Pod| {
+            let spec = pod.spec.as_ref();
+            spec.is_some_and(|spec| spec.init_containers.is_some())
+        };
+        Ok(!pods.is_empty() && pods.iter().all(inside))
+    })
 }
 
 pub(crate) fn the_proxys_user(cluster: &mut Cluster) -> Result<()> {
@@ -113,7 +151,7 @@ pub(crate) fn no_controller_yet(cluster: &mut Cluster) -> Result<()> {
     told?;
     kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)?;
     // Nothing is to be done afterwards.
-    kubectl.rolled_out("early", "deploy/web", std::time::Duration::from_secs(150))
+    kubectl.rolled_out("early", "deploy/web", Duration::from_secs(150))
 }
 
 pub(crate) fn a_wrong_image(cluster: &mut Cluster) -> Result<()> {
@@ -161,14 +199,7 @@ pub(crate) fn rights_taken_away(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
     passes_soon(kubectl, NAMESPACE, "client", "http://web/")?;
-    let binding = kubectl.ok(&[
-        "get",
-        "clusterrolebinding",
-        "turnpike-controller",
-        "-o",
-        "json",
-    ])?;
-    kubectl.ok(&["delete", "clusterrolebinding", "turnpike-controller"])?;
+    let binding = taken_away(kubectl)?;
     kubectl.ok(&[
         "-n",
         chart::NAMESPACE,
@@ -189,46 +220,94 @@ pub(crate) fn rights_taken_away(cluster: &mut Cluster) -> Result<()> {
         Ok(log.contains("forbidden") && log.contains("grant"))
     });
     let serves = passes(kubectl, NAMESPACE, "client", &["http://web/"]);
-    let mut binding: Value = serde_json::from_str(&binding)?;
-    if let Some(metadata) = binding["metadata"].as_object_mut() {
-        metadata.retain(|name, _| ["name", "labels", "annotations"].contains(&name.as_str()));
-    }
-    kubectl.apply(&binding.to_string())?;
+    kubectl.apply(&binding)?;
     told?;
     ensure!(serves?, "what was running stopped");
     kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)
 }
 
-pub(crate) fn a_token_that_is_no_longer_good(cluster: &mut Cluster) -> Result<()> {
+/// A controller that has read everything goes on when its rights end; what it cannot do then, it
+/// says. Here a team makes a namespace, which needs the mesh's root.
+pub(crate) fn rights_lost_while_it_runs(cluster: &mut Cluster) -> Result<()> {
+    let kubectl = &cluster.kubectl;
+    let (pod, _) = ours(cluster, "controller", None)?;
+    let said = ["newcomer", "forbidden", "grant"];
+    let binding = taken_away(kubectl)?;
+    let made = kubectl.apply(&workloads::namespace("newcomer", true).to_string());
+    let told = made.and_then(|()| {
+        soon(
+            Duration::from_secs(30),
+            "its log says what to grant",
+            || {
+                let log = kubectl.logs(chart::NAMESPACE, &pod, "controller")?;
+                let mut lines = log.lines();
+                Ok(lines.any(|line| said.iter().all(|word| line.contains(word))))
+            },
+        )
+    });
+    kubectl.apply(&binding)?;
+    told?;
+    soon(SOON, "the root is there when its rights are back", || {
+        let line = ["-n", "newcomer", "get", "configmap", "turnpike-root"];
+        Ok(kubectl.run(&line)?.ok)
+    })?;
+    let (now, _) = ours(cluster, "controller", None)?;
+    ensure!(now == pod, "another controller runs: {now}");
+    Ok(())
+}
+
+/// The controller's rights in the whole cluster are withdrawn; what gives them back.
+fn taken_away(kubectl: &Kubectl) -> Result<String> {
+    let what = ["clusterrolebinding", "turnpike-controller"];
+    let binding = kubectl.ok(&[&["get", "-o", "json"], &what[..]].concat())?;
+    kubectl.ok(&[&["delete"], &what[..]].concat())?;
+    let mut binding: Value = serde_json::from_str(&binding)?;
+    if let Some(metadata) = binding["metadata"].as_object_mut() {
+        metadata.retain(|name, _| ["name", "labels", "annotations"].contains(&name.as_str()));
+    }
+    Ok(binding.to_string())
+}
+
+/// Signed as the cluster signs, and good but for its end.
+pub(crate) fn an_expired_token(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
-    kubectl.apply(&workloads::list(&workloads::client(
-        NAMESPACE, "orphan", "orphan", "node-b",
-    )))?;
-    kubectl.wait(NAMESPACE, "pod/orphan", "condition=Ready", SOON)?;
-    passes_soon(kubectl, NAMESPACE, "orphan", "http://web/")?;
-    // Its account is gone, and with it the token's worth; then the sidecar has to begin anew.
-    kubectl.ok(&["-n", NAMESPACE, "delete", "serviceaccount", "orphan"])?;
-    // The controller remembers a verdict for half a minute, the API server for ten seconds.
-    std::thread::sleep(std::time::Duration::from_secs(45));
-    cluster
-        .node("node-b")?
-        .kill_container(NAMESPACE, "orphan", "turnpike-proxy")?;
-    let mut log = String::new();
-    let told = soon(
-        SOON,
-        "the sidecar's log says that its token was refused",
-        || {
-            log = kubectl.logs(NAMESPACE, "orphan", "turnpike-proxy")?;
-            let line = log.lines().find(|line| line.contains("token"));
-            Ok(line.is_some())
-        },
-    );
-    told.context(log)?;
+    let token = |expires: i64| token(cluster, expires);
+    let good = json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview",
+        "spec": {"token": token(600)?, "audiences": ["istio-ca"]},
+    });
+    let said = kubectl.create(&good.to_string())?;
+    let verdict: Value = serde_json::from_str(&said.out).with_context(|| said.all())?;
     ensure!(
-        !passes(kubectl, NAMESPACE, "orphan", &["http://web/"])?,
-        "a sidecar without an identity lets calls out"
+        verdict["status"]["authenticated"] == true,
+        "one that has not expired is not good: {verdict}"
     );
-    kubectl.ok(&["-n", NAMESPACE, "delete", "pod", "orphan"])?;
-    Ok(())
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret",
+        "metadata": {"namespace": NAMESPACE, "name": "expired"},
+        "stringData": {"token": token(-300)?},
+    });
+    kubectl.apply(&secret.to_string())?;
+    let volume = json!({"secret": {"secretName": "expired"}});
+    with_token(cluster, NAMESPACE, "late-riser", &volume)?;
+    is_told(kubectl, NAMESPACE, "late-riser", "the token has expired")
+}
+
+/// A token of `client` that ends so many seconds from now.
+fn token(cluster: &Cluster, expires: i64) -> Result<String> {
+    let account = cluster
+        .kubectl
+        .json(NAMESPACE, &["serviceaccount", "client"])?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let now = i64::try_from(now.as_secs())?;
+    cluster.token(&json!({
+        "iss": "https://kubernetes.default.svc", "aud": ["istio-ca"],
+        "sub": format!("system:serviceaccount:{NAMESPACE}:client"),
+        "iat": now - 900, "nbf": now - 900, "exp": now + expires,
+        "kubernetes.io": {
+            "namespace": NAMESPACE,
+            "serviceaccount": {"name": "client", "uid": account["metadata"]["uid"]},
+        },
+    }))
 }

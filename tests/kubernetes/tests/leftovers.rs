@@ -1,8 +1,13 @@
 //! A cluster that is taken down leaves nothing; what a killed run leaves, the next clean-up removes.
 
-use std::{process::Stdio, time::Duration};
+use std::{
+    io::{BufRead as _, BufReader},
+    process::Stdio,
+    thread,
+    time::Duration,
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use turnpike_cluster::{Cluster, build::Cache};
 use turnpike_rig::{Traces, wait_for, world::program};
 
@@ -14,8 +19,12 @@ pub(crate) fn of_a_killed_run() -> Result<()> {
     let mut run = std::process::Command::new(program("turnpike-cluster")?)
         .args(["up", "--name", name])
         .stdin(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()?;
+    // The machine's turn may be another world's for long; only then does the time begin.
+    let mut said = BufReader::new(run.stderr.take().context("its standard error")?).lines();
+    let begun = said.any(|line| line.is_ok_and(|line| line.starts_with("VPC")));
+    thread::spawn(move || said.for_each(drop));
     let disk = Cache::locate()?.disk(name);
     let booted = wait_for(Duration::from_secs(120), || {
         disk.join("node-b/var/log/kubelet.log")
@@ -24,6 +33,7 @@ pub(crate) fn of_a_killed_run() -> Result<()> {
     });
     run.kill()?;
     run.wait()?;
+    ensure!(begun, "it ended before it began");
     ensure!(booted.is_some(), "its second node did not boot");
     ensure!(
         Traces::of(name) != before,

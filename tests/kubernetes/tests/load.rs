@@ -10,23 +10,25 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use turnpike_cluster::kubectl::Kubectl;
 
-/// Twenty requests a second in series of twenty, for five minutes at most. Each line is a status and
-/// when it came.
+/// Twenty requests a second in series of twenty, until it is told to stop. Each line is a status and
+/// what curl says of it.
 const SCRIPT: &str = r#"
 rm -f /tmp/stop
-for series in $(seq 300); do
-  [ -e /tmp/stop ] && exit 0
+while [ ! -e /tmp/stop ]; do
   curl -s -o /dev/null --rate 20/s --max-time 10 -w '%{http_code} %{errormsg}\n' "$0?[1-20]"
 done
+exit 0
 "#;
+/// Fewer a second are no load: half of what is meant, since two cores carry two nodes.
+const LEAST: f64 = 10.0;
 
-/// Requests that go on until [`stop`](Self::stop).
+/// Requests that go on until [`stop`](Self::stop), or until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Load {
     kubectl: Kubectl,
     place: (String, String),
     child: Child,
-    said: JoinHandle<String>,
+    said: Option<JoinHandle<String>>,
     begun: Instant,
 }
 
@@ -57,37 +59,37 @@ impl Load {
             kubectl: kubectl.clone(),
             place: (namespace.to_owned(), pod.to_owned()),
             child,
-            said,
+            said: Some(said),
             begun: Instant::now(),
         })
     }
 
     pub(crate) fn stop(mut self) -> Result<Outcome> {
-        let (namespace, pod) = &self.place;
-        self.kubectl
-            .exec(namespace, &format!("{pod}/curl"), &["touch", "/tmp/stop"])?;
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while self.child.try_wait()?.is_none() {
-            if Instant::now() > deadline {
-                self.child.kill()?;
-                bail!("the load did not end");
-            }
-            std::thread::sleep(Duration::from_millis(50));
+        if let Some(status) = self.child.try_wait()? {
+            bail!("the load ended by itself, {status}: {}", self.complaint());
         }
-        let said = self.said.join().unwrap_or_default();
+        self.tell()?;
+        let seconds = self.begun.elapsed().as_secs_f64();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            ensure!(Instant::now() < deadline, "the load did not end");
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        ensure!(status.success(), "the load, {status}: {}", self.complaint());
+        let said = self.said.take().and_then(|said| said.join().ok());
+        let said = said.unwrap_or_default();
+        let failed = said.lines().filter(|line| !line.starts_with("200"));
         let outcome = Outcome {
             total: said.lines().count(),
-            failed: said
-                .lines()
-                .filter(|line| !line.starts_with("200"))
-                .map(str::to_owned)
-                .collect(),
+            failed: failed.map(str::to_owned).collect(),
         };
-        // A fifth of what was meant: two cores carry two nodes, and perhaps a build.
-        let least = usize::try_from(self.begun.elapsed().as_secs() * 4)?;
+        let least = seconds * LEAST;
         ensure!(
-            outcome.total >= least,
-            "{} requests only, of at least {least}: {said}",
+            outcome.total as f64 >= least,
+            "{} requests in {seconds:.0} s are no load",
             outcome.total
         );
         Ok(outcome)
@@ -104,5 +106,34 @@ impl Load {
             outcome.failed.iter().take(10).collect::<Vec<_>>()
         );
         Ok(outcome.total)
+    }
+
+    /// What runs in the pod does not end with the kubectl that began it.
+    fn tell(&self) -> Result<()> {
+        let (namespace, pod) = &self.place;
+        let line = ["touch", "/tmp/stop"];
+        let said = self
+            .kubectl
+            .exec(namespace, &format!("{pod}/curl"), &line)?;
+        ensure!(said.ok, "telling the load to stop: {}", said.all());
+        Ok(())
+    }
+
+    fn complaint(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(error) = &mut self.child.stderr {
+            let _ = error.read_to_string(&mut text);
+        }
+        text
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.tell();
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
     }
 }

@@ -18,6 +18,7 @@ mod sidecars;
 mod stage;
 mod tour;
 mod upgrade;
+mod windows;
 mod wire;
 
 use std::process::ExitCode;
@@ -49,6 +50,10 @@ const SUBJECTS: &[(&str, Test)] = &[
         sidecars::identity,
     ),
     (
+        "2_a_token_for_another_audience_is_refused",
+        sidecars::another_audience,
+    ),
+    (
         "3_curl_to_nginx_across_nodes_is_mtls_on_the_wire",
         wire::mtls,
     ),
@@ -56,6 +61,10 @@ const SUBJECTS: &[(&str, Test)] = &[
     (
         "4_a_route_splits_and_retries_and_says_so",
         routes::split_and_retry,
+    ),
+    (
+        "4_a_route_is_programmed_when_its_caller_has_it",
+        routes::programmed_truly,
     ),
     (
         "4_a_broken_route_says_why_and_changes_nothing",
@@ -69,7 +78,22 @@ const SUBJECTS: &[(&str, Test)] = &[
         "6_an_egress_policy_holds_and_is_recorded",
         egress::held_and_recorded,
     ),
-    ("6_a_new_pod_meets_no_open_window", egress::no_open_window),
+    (
+        "6_a_new_pod_meets_no_open_window",
+        windows::with_everything_there,
+    ),
+    (
+        "6_no_open_window_without_the_controller",
+        windows::without_the_controller,
+    ),
+    (
+        "6_no_open_window_without_the_agent",
+        windows::without_the_agent,
+    ),
+    (
+        "6_no_open_window_without_the_gate",
+        windows::without_the_gate,
+    ),
     ("7_a_job_with_a_sidecar_ends", kinds::jobs_end),
     (
         "7_a_stateful_set_is_reached_by_its_pods_names",
@@ -84,14 +108,16 @@ const SUBJECTS: &[(&str, Test)] = &[
         tour::holds,
     ),
     ("bad_labels", bad_input::labels),
+    ("bad_a_label_that_comes_late", bad_input::a_late_label),
     ("bad_the_proxys_own_user", bad_input::the_proxys_user),
     ("bad_no_controller_yet", bad_input::no_controller_yet),
     ("bad_a_wrong_image", bad_input::a_wrong_image),
     ("bad_rights_taken_away", bad_input::rights_taken_away),
     (
-        "bad_a_token_that_is_no_longer_good",
-        bad_input::a_token_that_is_no_longer_good,
+        "bad_rights_lost_while_it_runs",
+        bad_input::rights_lost_while_it_runs,
     ),
+    ("bad_an_expired_token", bad_input::an_expired_token),
     ("8_the_controller_is_killed", kills::the_controller),
     ("8_agents_are_killed", kills::agents),
     ("8_a_gate_is_killed", kills::gates),

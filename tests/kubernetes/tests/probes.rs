@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::{core::v1::Pod, discovery::v1::EndpointSlice};
-use turnpike_cluster::{Cluster, kubectl::name_of};
+use serde_json::json;
+use turnpike_cluster::{Cluster, kubectl::name_of, workloads};
 
 use crate::{
     roads::{NAMESPACES, cast, web_pods},
@@ -21,6 +22,44 @@ pub(crate) fn all_kinds(cluster: &mut Cluster) -> Result<()> {
         liveness(cluster, namespace, &pod)
             .with_context(|| format!("liveness by exec in {namespace}"))?;
     }
+    tcp(cluster).context("readiness by TCP in strict")
+}
+
+/// Where every connection of others is the sidecar's to take, a port that nobody listens on is
+/// still closed to kubelet.
+fn tcp(cluster: &Cluster) -> Result<()> {
+    const NAMESPACE: &str = "strict";
+    let kubectl = &cluster.kubectl;
+    let mut spec = workloads::web_pod("web");
+    let container = &mut spec["containers"][0];
+    // Beside the container's first process, so that it can stop alone.
+    container["command"] = json!(["sh", "-c", "nginx -e /dev/stderr; sleep infinity"]);
+    container["readinessProbe"] =
+        json!({"tcpSocket": {"port": "http"}, "periodSeconds": 1, "failureThreshold": 2});
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"namespace": NAMESPACE, "name": "deaf", "labels": {"app": "deaf"}},
+        "spec": spec,
+    });
+    kubectl.apply(&pod.to_string())?;
+    kubectl.wait(NAMESPACE, "pod/deaf", "condition=Ready", SOON)?;
+    for (line, condition) in [
+        ("nginx -s stop", "condition=Ready=False"),
+        // What it keeps open would keep the exec.
+        (
+            "nginx -e /dev/stderr > /dev/null 2>&1 < /dev/null",
+            "condition=Ready",
+        ),
+    ] {
+        let said = kubectl.exec(NAMESPACE, "deaf/nginx", &["sh", "-c", line])?;
+        ensure!(said.ok, "{line}: {}", said.all());
+        kubectl.wait(NAMESPACE, "pod/deaf", condition, Duration::from_secs(30))?;
+    }
+    ensure!(
+        restarts(cluster, NAMESPACE, "deaf")? == 0,
+        "it was started again"
+    );
+    kubectl.ok(&["-n", NAMESPACE, "delete", "pod", "deaf"])?;
     Ok(())
 }
 

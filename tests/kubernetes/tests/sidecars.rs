@@ -4,11 +4,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
-use turnpike_cluster::{Cluster, kubectl::name_of};
+use serde_json::{Value, json};
+use turnpike_cluster::{
+    Cluster, chart,
+    kubectl::{Kubectl, name_of},
+    workloads,
+};
 
 use crate::{
     roads::{cast, web_pods},
-    stage::{EFFECT, curl, soon},
+    stage::{EFFECT, SOON, curl, soon},
 };
 
 const SIDECAR: &str = "turnpike-proxy";
@@ -125,15 +130,14 @@ pub(crate) fn identity(cluster: &mut Cluster) -> Result<()> {
         };
         Ok(says(&caller, server) && says(&served, client))
     })?;
-    refused_token(cluster)
+    root_everywhere(cluster)
 }
 
-/// A pod whose token is of another audience gets no identity, and its user is told why.
-fn refused_token(cluster: &Cluster) -> Result<()> {
-    let authority = cluster.kubectl.json(
-        turnpike_cluster::chart::NAMESPACE,
-        &["configmap", "turnpike-root"],
-    )?;
+/// The authority's certificate is in every namespace, also in one that is made now.
+fn root_everywhere(cluster: &Cluster) -> Result<()> {
+    let authority = cluster
+        .kubectl
+        .json(chart::NAMESPACE, &["configmap", "turnpike-root"])?;
     let root = authority["data"]["root.pem"]
         .as_str()
         .context("the root's certificate")?;
@@ -147,10 +151,10 @@ fn refused_token(cluster: &Cluster) -> Result<()> {
             "the root in {namespace} is another"
         );
     }
-    // One made now has it at once: a pod that is made with it does not wait.
+    // A pod that is made together with its namespace does not wait long.
     cluster
         .kubectl
-        .apply(&turnpike_cluster::workloads::namespace("later", true).to_string())?;
+        .apply(&workloads::namespace("later", true).to_string())?;
     soon(
         Duration::from_secs(10),
         "the root in a namespace made later",
@@ -161,4 +165,80 @@ fn refused_token(cluster: &Cluster) -> Result<()> {
                 .ok)
         },
     )
+}
+
+/// A sidecar that speaks with a token for somebody else is told so, and gets no identity.
+pub(crate) fn another_audience(cluster: &mut Cluster) -> Result<()> {
+    cast(cluster)?;
+    let token = json!({"projected": {"sources": [
+        {"serviceAccountToken": {"audience": "other", "path": "token"}},
+    ]}});
+    with_token(cluster, "mesh", "other-audience", &token)?;
+    is_told(
+        &cluster.kubectl,
+        "mesh",
+        "other-audience",
+        "the token is not meant for `istio-ca`",
+    )
+}
+
+/// A pod that opts out of injection and has a sidecar all the same: as one is injected, but with
+/// this volume for its token.
+pub(crate) fn with_token(
+    cluster: &Cluster,
+    namespace: &str,
+    name: &str,
+    token: &Value,
+) -> Result<()> {
+    let kubectl = &cluster.kubectl;
+    let mut pod = workloads::client(namespace, name, "client", "node-b")
+        .pop()
+        .context("a pod")?;
+    let said = kubectl.dry_run(&pod.to_string())?;
+    ensure!(said.ok, "{}", said.all());
+    let mut injected: Value = serde_json::from_str(&said.out)?;
+    let ours = |volume: &Value| {
+        let name = volume["name"].as_str();
+        name.is_some_and(|name| name.starts_with("turnpike-"))
+    };
+    let mut sidecar = injected["spec"]["initContainers"][0].take();
+    ensure!(sidecar["name"] == SIDECAR, "{sidecar}");
+    for list in [
+        &mut sidecar["volumeMounts"],
+        &mut injected["spec"]["volumes"],
+    ] {
+        list.as_array_mut().context("a list")?.retain(ours);
+    }
+    for volume in injected["spec"]["volumes"]
+        .as_array_mut()
+        .into_iter()
+        .flatten()
+    {
+        if volume["name"] == "turnpike-token" {
+            *volume = token.clone();
+            volume["name"] = "turnpike-token".into();
+        }
+    }
+    pod["metadata"]["labels"]["turnpike.dev/inject"] = "disabled".into();
+    pod["spec"]["initContainers"] = json!([sidecar]);
+    pod["spec"]["volumes"] = injected["spec"]["volumes"].take();
+    kubectl.apply(&pod.to_string())
+}
+
+/// The sidecar's log says why, and the pod's application does not start.
+pub(crate) fn is_told(kubectl: &Kubectl, namespace: &str, pod: &str, why: &str) -> Result<()> {
+    let mut log = String::new();
+    let told = soon(SOON, &format!("{pod} is told: {why}"), || {
+        log = kubectl.logs(namespace, pod, SIDECAR)?;
+        Ok(log.contains(why))
+    });
+    told.context(log)?;
+    let pod: Pod = kubectl.get(namespace, pod)?;
+    let status = pod.status.unwrap_or_default();
+    let mut containers = status.container_statuses.iter().flatten();
+    ensure!(
+        containers.all(|status| status.started != Some(true)),
+        "the application runs beside a sidecar without an identity"
+    );
+    Ok(())
 }

@@ -14,13 +14,15 @@ use turnpike_rig::{traces::Traces, wait_for};
 use crate::leftovers::nothing_of;
 
 const NAME: &str = "tpt-kube";
+/// Subjects that share the namespaces of [`crate::roads`] are one group.
+const SHARING: [&str; 3] = ["1", "2", "3"];
 
 pub(crate) type Test = fn(&mut Cluster) -> Result<()>;
 
 /// Long enough for a pod to be made, scheduled, started and ready on two busy cores.
 pub(crate) const SOON: Duration = Duration::from_secs(90);
 /// For policy to take effect everywhere.
-pub(crate) const EFFECT: Duration = Duration::from_secs(15);
+pub(crate) const EFFECT: Duration = Duration::from_secs(45);
 
 #[derive(Debug, Default)]
 enum Stage {
@@ -36,6 +38,8 @@ thread_local! {
     static STAGE: RefCell<Stage> = RefCell::default();
     /// What the machine had of the cluster's name before there was one.
     static BEFORE: RefCell<Option<Traces>> = RefCell::default();
+    /// Whose namespaces are there.
+    static GROUP: RefCell<Option<String>> = RefCell::default();
 }
 
 /// Runs one subject, on a cluster that is brought up for the first.
@@ -74,21 +78,48 @@ pub(crate) fn alone(test: fn() -> Result<()>) -> Result<(), Failed> {
 }
 
 fn show(cluster: &mut Cluster, name: &str, test: Test) -> Result<(), Failed> {
+    let group = Some(group_of(name).to_owned());
+    let last = GROUP.replace(group.clone());
+    if last.is_some() && last != group {
+        sweep(&cluster.kubectl).map_err(|error| format!("sweeping before it: {error:#}"))?;
+    }
     let begun = Instant::now();
     let result = catch_unwind(AssertUnwindSafe(|| test(cluster)))
         .unwrap_or_else(|panic| Err(anyhow::anyhow!("{}", said_by(&*panic))));
     eprintln!("    {name}: {:.1} s", begun.elapsed().as_secs_f64());
-    let result: Result<(), Failed> = result.map_err(|error| {
-        eprintln!("{}", explain(cluster));
+    result.map_err(|error| {
+        eprintln!("{error:#}\n{}", explain(cluster));
+        if let Err(error) = restore(cluster) {
+            eprintln!("what follows may fail by what {name} left: {error:#}");
+        }
         format!("{error:#}").into()
-    });
-    let swept = sweep(&cluster.kubectl, name);
-    result.and(swept)
+    })
 }
 
-/// Deletes what a subject made: the smaller node has room for seventeen pods. The first three share
-/// their namespaces.
-fn sweep(kubectl: &Kubectl, name: &str) -> Result<(), Failed> {
+/// What comes before the first `_`.
+fn group_of(name: &str) -> &str {
+    let group = name.split('_').next().unwrap_or(name);
+    if SHARING.contains(&group) {
+        SHARING[0]
+    } else {
+        group
+    }
+}
+
+/// After a failure: nothing of its subject is there, and Turnpike is as it was installed.
+fn restore(cluster: &Cluster) -> Result<()> {
+    sweep(&cluster.kubectl)?;
+    let said = cluster.helm_install("upgrade", &chart::values())?;
+    ensure!(said.ok, "helm upgrade: {}", said.all().trim());
+    let line = ["scale", "deploy/turnpike-controller", "--replicas=1"];
+    let namespace = ["-n", chart::NAMESPACE];
+    cluster.kubectl.ok(&[&namespace[..], &line].concat())?;
+    cluster.rolled_out()
+}
+
+/// Deletes what a group of subjects made: the smaller node has room for seventeen pods. Within a
+/// group a cast that stands is used again.
+fn sweep(kubectl: &Kubectl) -> Result<()> {
     const CLUSTERS_OWN: [&str; 5] = [
         "default",
         "kube-system",
@@ -96,22 +127,13 @@ fn sweep(kubectl: &Kubectl, name: &str) -> Result<(), Failed> {
         "kube-node-lease",
         chart::NAMESPACE,
     ];
-    let shared = name.starts_with(['1', '2', '3']);
     let list = kubectl.ok(&["get", "namespaces", "-o", "name"])?;
     let names = list
         .lines()
         .filter_map(|line| line.strip_prefix("namespace/"));
-    let ours = names
-        .filter(|name| !CLUSTERS_OWN.contains(name))
-        .filter(|name| {
-            !shared
-                || !crate::roads::NAMESPACES
-                    .iter()
-                    .any(|(kept, _)| kept == name)
-        });
-    let ours: Vec<&str> = ours.collect();
+    let ours: Vec<&str> = names.filter(|name| !CLUSTERS_OWN.contains(name)).collect();
     if !ours.is_empty() {
-        let line = ["delete", "namespace", "--timeout=60s"];
+        let line = ["delete", "namespace", "--timeout=90s"];
         kubectl.ok(&[&line[..], &ours].concat())?;
     }
     Ok(())
@@ -220,6 +242,30 @@ pub(crate) fn passes(
     arguments: &[&str],
 ) -> Result<bool> {
     Ok(curl(kubectl, namespace, pod, arguments)?.out == "200")
+}
+
+/// Fails unless a call is refused: curl ran, and was cut off before any answer or answered 403 or
+/// 503. A call that nothing answers meets an outage, not a refusal.
+pub(crate) fn refused(
+    kubectl: &Kubectl,
+    namespace: &str,
+    pod: &str,
+    arguments: &[&str],
+) -> Result<()> {
+    let said = curl(kubectl, namespace, pod, arguments)?;
+    let what = format!("{namespace}/{pod} → {arguments:?}");
+    ensure!(said.out != "200", "{what} passed");
+    ensure!(is_refusal(&said), "{what} is not refused: {said:?}");
+    Ok(())
+}
+
+/// By curl's exit: the TLS handshake failed, nothing came, or the connection was reset.
+pub(crate) fn is_refusal(said: &Said) -> bool {
+    match said.code {
+        Some(35 | 52 | 56) => said.out == "000",
+        Some(0) => matches!(said.out.as_str(), "403" | "503"),
+        _ => false,
+    }
 }
 
 /// Calls until it is answered 200.

@@ -1,18 +1,36 @@
 //! `helm upgrade` to another proxy, and `helm uninstall`: pods keep their network.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
-use turnpike_cluster::{Cluster, chart, images::TAGS, workloads};
+use serde_json::json;
+use turnpike_cluster::{
+    Cluster, chart,
+    images::TAGS,
+    kubectl::{Kubectl, name_of},
+    workloads,
+};
 
 use crate::{
     load::Load,
     roads::address,
-    stage::{SOON, passes, passes_soon, soon},
+    stage::{SOON, passes_soon, soon},
 };
 
-const NAMESPACE: &str = "upgrade";
+const NODES: [&str; 2] = ["node-a", "node-b"];
+/// In the mesh, and beside it.
+const NAMESPACES: [(&str, bool); 2] = [("upgrade", true), ("upgrade-plain", false)];
+const MESHED: &str = NAMESPACES[0].0;
+const SERVICE: &str = "http://web/";
 
 fn sidecar_image(pod: &Pod) -> Option<String> {
     let containers = pod.spec.as_ref()?.init_containers.as_ref()?;
@@ -23,37 +41,62 @@ fn sidecar_image(pod: &Pod) -> Option<String> {
         .clone()
 }
 
+/// A server on each node, and a client that calls both.
 fn cast(cluster: &Cluster) -> Result<()> {
-    let mut objects = vec![workloads::namespace(NAMESPACE, true)];
-    objects.extend(workloads::web(NAMESPACE, "web", 2));
-    objects.extend(workloads::client(NAMESPACE, "client", "client", "node-b"));
-    cluster.kubectl.apply(&workloads::list(&objects))?;
-    cluster.kubectl.rolled_out(NAMESPACE, "deploy/web", SOON)?;
-    cluster
-        .kubectl
-        .wait(NAMESPACE, "pod/client", "condition=Ready", SOON)?;
-    passes_soon(&cluster.kubectl, NAMESPACE, "client", "http://web/")
+    let kubectl = &cluster.kubectl;
+    let mut objects = Vec::new();
+    for (namespace, meshed) in NAMESPACES {
+        objects.push(workloads::namespace(namespace, meshed));
+        objects.extend(workloads::web_on_each(&NODES, namespace, "web"));
+        objects.extend(workloads::client(namespace, "client", "client", "node-b"));
+    }
+    kubectl.apply(&workloads::list(&objects))?;
+    for (namespace, _) in NAMESPACES {
+        for node in NODES {
+            kubectl.rolled_out(namespace, &format!("deploy/web-{node}"), SOON)?;
+        }
+        kubectl.wait(namespace, "pod/client", "condition=Ready", SOON)?;
+        passes_soon(kubectl, namespace, "client", SERVICE)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn another_proxy(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
-    let load = Load::start(kubectl, NAMESPACE, "client", "http://web/")?;
+    let load = Load::start(kubectl, MESHED, "client", SERVICE)?;
+    let creations = Creations::start(kubectl);
+    let before = of_the_nodes(kubectl)?;
     let mut values = chart::values();
-    values["images"] = serde_json::json!({"proxy": {"tag": TAGS[1]}});
+    values["images"] = json!({"proxy": {"tag": TAGS[1]}});
+    // Their values are in the templates of the nodes' pods: both DaemonSets are rolled over, too.
+    values["node"]["env"]["RUST_LOG"] = "info".into();
+    values["gate"]["env"]["RUST_LOG"] = "info".into();
     let said = cluster.helm_install("upgrade", &values)?;
     ensure!(said.ok, "helm upgrade: {}", said.all());
-    kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)?;
-    let old: Pod = kubectl.get(NAMESPACE, "client")?;
+    cluster.rolled_out()?;
+    creations.none_refused()?;
+    ensure!(
+        of_the_nodes(kubectl)?.is_disjoint(&before),
+        "an agent or a gate is as it was before"
+    );
+    let old: Pod = kubectl.get(MESHED, "client")?;
     ensure!(
         sidecar_image(&old).is_some_and(|image| image.ends_with(&format!(":{}", TAGS[0]))),
         "a running pod was changed"
     );
+    // Rolled out is not gone: while the old controller drains, it may still answer for a pod.
+    soon(SOON, "the old controller is gone", || {
+        let component = "app.kubernetes.io/component=controller";
+        Ok(kubectl.list::<Pod>(chart::NAMESPACE, component)?.len() == 1)
+    })?;
     // The old client calls new servers while they take the place of the old ones.
-    kubectl.ok(&["-n", NAMESPACE, "rollout", "restart", "deploy/web"])?;
-    kubectl.rolled_out(NAMESPACE, "deploy/web", SOON)?;
+    kubectl.ok(&["-n", MESHED, "rollout", "restart", "deploy"])?;
+    for node in NODES {
+        kubectl.rolled_out(MESHED, &format!("deploy/web-{node}"), SOON)?;
+    }
     soon(SOON, "every web pod has the new sidecar", || {
-        let pods = kubectl.list::<Pod>(NAMESPACE, "app=web")?;
+        let pods = kubectl.list::<Pod>(MESHED, "app=web")?;
         Ok(pods.iter().all(|pod| {
             sidecar_image(pod).is_some_and(|image| image.ends_with(&format!(":{}", TAGS[1])))
         }))
@@ -62,10 +105,76 @@ pub(crate) fn another_proxy(cluster: &mut Cluster) -> Result<()> {
     Ok(())
 }
 
+/// The names of agents and gates.
+fn of_the_nodes(kubectl: &Kubectl) -> Result<BTreeSet<String>> {
+    let selector = "app.kubernetes.io/component in (node, gate)";
+    let pods = kubectl.list::<Pod>(chart::NAMESPACE, selector)?;
+    Ok(pods.iter().map(name_of).collect())
+}
+
+/// Pods that somebody creates in a labelled namespace all the while. The API server asks the webhook
+/// about each and keeps none.
+struct Creations {
+    stop: Arc<AtomicBool>,
+    made: Option<JoinHandle<Result<Vec<String>>>>,
+}
+
+impl Creations {
+    fn start(kubectl: &Kubectl) -> Self {
+        let (kubectl, stop) = (kubectl.clone(), Arc::new(AtomicBool::new(false)));
+        let ends = Arc::clone(&stop);
+        let made = thread::spawn(move || {
+            let pod = workloads::client(MESHED, "created", "client", "node-b").pop();
+            let pod = pod.context("a pod")?.to_string();
+            let mut made = Vec::new();
+            while !ends.load(Ordering::Relaxed) {
+                let said = kubectl.dry_run(&pod)?;
+                made.push(match said.ok {
+                    true if said.out.contains("turnpike-proxy") => String::new(),
+                    true => "created without a sidecar".to_owned(),
+                    false => said.all().trim().to_owned(),
+                });
+                thread::sleep(Duration::from_millis(100));
+            }
+            Ok(made)
+        });
+        Self {
+            stop,
+            made: Some(made),
+        }
+    }
+
+    fn none_refused(mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        let made = self.made.take().and_then(|made| made.join().ok());
+        let made = made.context("creating pods")??;
+        let refused: Vec<&String> = made.iter().filter(|text| !text.is_empty()).collect();
+        ensure!(
+            refused.is_empty(),
+            "{} of {} pods were refused: {:?}",
+            refused.len(),
+            made.len(),
+            refused.iter().take(5).collect::<Vec<_>>()
+        );
+        ensure!(made.len() > 20, "only {} pods were created", made.len());
+        Ok(())
+    }
+}
+
+impl Drop for Creations {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
 pub(crate) fn uninstall(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
-    let before: Pod = kubectl.get(NAMESPACE, "client")?;
+    let before = everyone(kubectl)?;
+    let loads = NAMESPACES
+        .map(|(namespace, _)| Load::start(kubectl, namespace, "client", SERVICE))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
     let said = cluster.helm_uninstall()?;
     ensure!(said.ok, "helm uninstall: {}", said.all());
     soon(SOON, "nothing of ours runs", || {
@@ -73,26 +182,66 @@ pub(crate) fn uninstall(cluster: &mut Cluster) -> Result<()> {
             .list::<Pod>(chart::NAMESPACE, "app.kubernetes.io/name=turnpike")?
             .is_empty())
     })?;
-    let after: Pod = kubectl.get(NAMESPACE, "client")?;
-    ensure!(address(&before)? == address(&after)?, "its address changed");
-    // In the mesh, and beside it.
-    ensure!(
-        passes(kubectl, NAMESPACE, "client", &["http://web/"])?,
-        "meshed pods lost their network"
-    );
-    if kubectl.run(&["-n", "plain", "get", "pod", "client"])?.ok {
-        ensure!(
-            passes(kubectl, "plain", "client", &["http://web.plain/"])?,
-            "pods lost their network"
-        );
+    // Three of the slowest probes' failures would show.
+    thread::sleep(Duration::from_secs(30));
+    for load in loads {
+        load.stop_unharmed()?;
     }
-    std::thread::sleep(Duration::from_secs(1));
+    let after = everyone(kubectl)?;
+    ensure!(
+        before == after,
+        "not the same, ready pods:\n{before:#?}\n{after:#?}"
+    );
+    for (namespace, _) in NAMESPACES {
+        across(kubectl, namespace).with_context(|| namespace.to_owned())?;
+    }
     kubectl
         .apply(&workloads::list(&workloads::client(
-            NAMESPACE, "fresh", "client", "node-b",
+            MESHED, "fresh", "client", "node-b",
         )))
         .context("a pod is made without the injector")?;
-    let fresh: Pod = kubectl.get(NAMESPACE, "fresh")?;
+    // It stays in ContainerCreating: the CNI that the nodes are left with has no agent to ask, and
+    // only another CNI gives pods a network again.
+    let fresh: Pod = kubectl.get(MESHED, "fresh")?;
     ensure!(sidecar_image(&fresh).is_none(), "a fresh pod was injected");
+    Ok(())
+}
+
+/// Each pod's name, address, restarts and readiness.
+fn everyone(kubectl: &Kubectl) -> Result<Vec<(String, String, i32, bool)>> {
+    let mut all = Vec::new();
+    for (namespace, _) in NAMESPACES {
+        for pod in kubectl.list::<Pod>(namespace, "app in (web, client)")? {
+            let address = address(&pod)?.to_string();
+            let name = format!("{namespace}/{}", name_of(&pod));
+            let status = pod.status.unwrap_or_default();
+            let containers = status.container_statuses.iter().flatten();
+            let sidecars = status.init_container_statuses.iter().flatten();
+            let restarts = containers.chain(sidecars).map(|c| c.restart_count).sum();
+            let conditions = status.conditions.unwrap_or_default();
+            let ready = conditions
+                .iter()
+                .any(|c| c.type_ == "Ready" && c.status == "True");
+            ensure!(ready, "{name} is not ready");
+            all.push((name, address, restarts, ready));
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// From the client to the servers on both nodes, by their Service: a sidecar without its controller
+/// knows what it has asked about before.
+fn across(kubectl: &Kubectl, namespace: &str) -> Result<()> {
+    let line = ["curl", "-s", "--max-time", "20", "http://web/?[1-40]"];
+    let said = kubectl.exec(namespace, "client/curl", &line)?;
+    for node in NODES {
+        let server = format!("web-{node}-");
+        ensure!(
+            said.out.lines().any(|line| line.starts_with(&server)),
+            "pods lost their network: none of 40 answers came from {node}: {}",
+            said.all()
+        );
+    }
     Ok(())
 }

@@ -104,7 +104,7 @@ fn logs(cluster: &Cluster, server: &str) -> Result<()> {
             let Some(line) = line else { return Ok(false) };
             let entry: serde_json::Value =
                 serde_json::from_str(line).with_context(|| line.to_owned())?;
-            ensure!(entry.to_string().contains("200"), "{entry}");
+            ensure!(entry["response_code"] == 200, "{entry}");
         }
         Ok(true)
     })
