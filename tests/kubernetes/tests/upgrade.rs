@@ -233,7 +233,9 @@ fn everyone(kubectl: &Kubectl) -> Result<Vec<(String, String, i32, bool)>> {
 /// From the client to the servers on both nodes, by their Service: a sidecar without its controller
 /// knows what it has asked about before.
 fn across(kubectl: &Kubectl, namespace: &str) -> Result<()> {
-    let line = ["curl", "-s", "--max-time", "20", "http://web/?[1-40]"];
+    // A connection for each, which kube-proxy sends to either.
+    let line = ["curl", "-s", "-H", "Connection: close", "--max-time", "20"];
+    let line = [&line[..], &["http://web/?[1-40]"]].concat();
     let said = kubectl.exec(namespace, "client/curl", &line)?;
     for node in NODES {
         let server = format!("web-{node}-");
