@@ -145,15 +145,11 @@ impl Gate {
             state: self.state.clone(),
             spool: self.spool.clone(),
             metrics: self.metrics.clone(),
+            tasks: self.connections.clone(),
         });
         for listener in door {
             let listener = TcpListener::from_std(listener)?;
-            let serving = accept::serve(
-                listener,
-                shared.clone(),
-                self.connections.clone(),
-                self.stops.clone(),
-            );
+            let serving = accept::serve(listener, shared.clone(), self.stops.clone());
             let stop = self.stops.accepting.clone();
             self.services
                 .spawn(self.parts.watched("door", stop, serving));

@@ -255,7 +255,11 @@ async fn much_that_is_dropped_is_told_of_once_a_checkpoint() {
     let running = start(seldom, &store).await;
     for n in 0..50 {
         running.spool.drop_one();
-        running.spool.record(opened(&format!("c-{n}"))).await.unwrap();
+        running
+            .spool
+            .record(opened(&format!("c-{n}")))
+            .await
+            .unwrap();
     }
     running.stop().await;
     let events = events(&entries(dir.path()).await);
@@ -266,7 +270,9 @@ async fn much_that_is_dropped_is_told_of_once_a_checkpoint() {
             _ => None,
         })
         .collect();
-    let checkpoints = events.iter().filter(|it| matches!(it, Event::Checkpoint(_)));
+    let checkpoints = events
+        .iter()
+        .filter(|it| matches!(it, Event::Checkpoint(_)));
     assert_eq!((gaps, checkpoints.count()), (vec![50], 1));
 }
 

@@ -1,11 +1,6 @@
 //! What servers answered: kept until it expires, and asked for once by all who miss it at a time.
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Instant};
 
 use futures_util::{
     FutureExt,

@@ -126,7 +126,13 @@ mod tests {
         assert_eq!(names.leading_to(address, now + minute).len(), 1);
         let half_a_second = Duration::from_millis(500);
         assert_eq!(
-            names.learn(&host("a.example"), &[], &[address], minute - half_a_second, now),
+            names.learn(
+                &host("a.example"),
+                &[],
+                &[address],
+                minute - half_a_second,
+                now
+            ),
             Ok(false),
             "from the cache"
         );

@@ -148,7 +148,10 @@ mod tests {
             let mut buffer = [0; 512];
             server.recv_from(&mut buffer).await.unwrap();
             let (length, peer) = server.recv_from(&mut buffer).await.unwrap();
-            server.send_to(&answer(&buffer[..length]), peer).await.unwrap();
+            server
+                .send_to(&answer(&buffer[..length]), peer)
+                .await
+                .unwrap();
         };
         let question = Question::new("a.example.", RecordType::A);
         // A client asks the next server after as long.
@@ -165,7 +168,10 @@ mod tests {
             let (mut buffer, mut other) = ([0; 512], [0; 512]);
             let (length, peer) = server.recv_from(&mut buffer).await.unwrap();
             server.recv_from(&mut other).await.unwrap();
-            server.send_to(&answer(&buffer[..length]), peer).await.unwrap();
+            server
+                .send_to(&answer(&buffer[..length]), peer)
+                .await
+                .unwrap();
         };
         let question = Question::new("a.example.", RecordType::A);
         let (reply, ()) = tokio::join!(ask(at, &question), serving);

@@ -10,7 +10,7 @@ use tokio::{
     sync::Semaphore,
     time::{sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use turnpike_detect::{Detection, MAX_DETECT, detect};
 use turnpike_ledger::record::{Attempt, Verdict};
 use turnpike_rules::host::HostName;
@@ -40,7 +40,7 @@ pub struct Stops {
 }
 
 /// Takes connections until told to stop.
-pub async fn serve(listener: TcpListener, door: Arc<Door>, tasks: TaskTracker, stops: Stops) {
+pub async fn serve(listener: TcpListener, door: Arc<Door>, stops: Stops) {
     let permits = Arc::new(Semaphore::new(door.config.connections));
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else {
@@ -53,7 +53,7 @@ pub async fn serve(listener: TcpListener, door: Arc<Door>, tasks: TaskTracker, s
         match accepted {
             Ok((stream, source)) => {
                 let (door, deadline) = (door.clone(), stops.deadline.clone());
-                tasks.spawn(async move {
+                door.clone().tasks.spawn(async move {
                     let _permit = permit;
                     Box::pin(receive(&door, stream, source, deadline)).await;
                 });
@@ -66,7 +66,7 @@ pub async fn serve(listener: TcpListener, door: Arc<Door>, tasks: TaskTracker, s
     }
 }
 
-async fn receive(door: &Door, stream: TcpStream, source: SocketAddr, stop: CancellationToken) {
+async fn receive(door: &Arc<Door>, stream: TcpStream, source: SocketAddr, stop: CancellationToken) {
     // Claimed transparently: the socket's own address is the destination.
     let Ok(destination) = stream.local_addr() else {
         return;
@@ -112,7 +112,7 @@ async fn receive(door: &Door, stream: TcpStream, source: SocketAddr, stop: Cance
 
 /// One accepted connection of a known pod.
 pub(super) struct Client<'a> {
-    pub(super) door: &'a Door,
+    pub(super) door: &'a Arc<Door>,
     pub(super) stream: TcpStream,
     pub(super) caller: Caller,
     pub(super) pod: Arc<Pod>,

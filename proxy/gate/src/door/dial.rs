@@ -16,6 +16,8 @@ const DIAL_PERMIT: u32 = 0x0020_0000;
 pub enum DialError {
     #[error("no answer within {0:?}")]
     TimedOut(Duration),
+    #[error("given up: {0}")]
+    GivenUp(String),
     #[error("{0}")]
     Io(#[from] io::Error),
 }

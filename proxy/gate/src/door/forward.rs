@@ -89,7 +89,8 @@ pub(super) async fn forward(client: Client<'_>, claim: Claim, first: BytesMut) {
         return door.record_denial(Some(&pod), attempt).await;
     }
     let opened = Instant::now();
-    let upstream = match open(door, &caller, attempt.clone()).await {
+    let revoked = revocation.revoked(&caller, &claim);
+    let upstream = match open(door, &caller, attempt.clone(), revoked).await {
         Ok(upstream) => upstream,
         Err(error) => {
             abort(&stream);
@@ -167,15 +168,22 @@ impl Relaying {
     }
 }
 
-/// Records the attempt as opened and dials at the same time. The connection may be used when this
-/// returns it: then the record is on disk.
+/// Records the attempt as opened and dials at the same time, until `given_up`, which says why. The
+/// connection may be used when this returns it: then the record is on disk.
 pub(super) async fn open(
     door: &Door,
     caller: &Caller,
     attempt: Attempt,
+    given_up: impl Future<Output = String>,
 ) -> Result<TcpStream, OpenError> {
     let recording = door.spool.record(Event::Opened(attempt));
-    let dialling = dial(caller.source, caller.destination, door.config.dial);
+    let dialling = async {
+        tokio::select! {
+            biased;
+            why = given_up => Err(DialError::GivenUp(why)),
+            dialled = dial(caller.source, caller.destination, door.config.dial) => dialled,
+        }
+    };
     let (recorded, dialled) = tokio::join!(recording, dialling);
     if let Err(error) = recorded {
         if let Ok(stream) = &dialled {

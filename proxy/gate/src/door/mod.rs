@@ -20,6 +20,7 @@ mod tcp_info;
 
 use std::{sync::Arc, time::Duration};
 
+use tokio_util::task::TaskTracker;
 use turnpike_ledger::{Event, record};
 
 use crate::{
@@ -58,6 +59,8 @@ pub struct Door {
     pub state: State,
     pub spool: Spool,
     pub metrics: Arc<Metrics>,
+    /// Connections, and what must come to its end after one.
+    pub tasks: TaskTracker,
 }
 
 impl Door {

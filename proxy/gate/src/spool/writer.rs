@@ -285,7 +285,8 @@ impl Writer {
         for (time_ms, event) in events {
             append(&mut chain, &mut batch, time_ms, event);
         }
-        let seal = seal || self.unsealed + batch.entries.len() as u64 >= self.config.checkpoint_entries;
+        let seal =
+            seal || self.unsealed + batch.entries.len() as u64 >= self.config.checkpoint_entries;
         let told = if seal {
             self.shared.dropped.load(Ordering::Relaxed)
         } else {

@@ -10,16 +10,17 @@ use std::{
     time::Duration,
 };
 
+use hickory_proto::rr::RecordType;
 use turnpike_ledger::{
     Event,
     record::{Closed, End},
 };
 
 use crate::{
-    at,
-    outside,
+    DNS, at,
+    outside::{self, ask},
     world,
-    world::{World, connect, policies},
+    world::{World, connect, exchange, policies},
 };
 
 /// The one destination that is allowed by its address, whatever is said.
@@ -65,7 +66,9 @@ fn revocation_reaches_what_the_destination_has_yet_to_take() {
     std::thread::sleep(Duration::from_millis(300));
     let mut tightened = policies();
     for egress in &mut tightened {
-        egress.policies[0].rules.retain(|rule| &*rule.id != "allow[2]");
+        egress.policies[0]
+            .rules
+            .retain(|rule| &*rule.id != "allow[2]");
     }
     world.control.set_egress(tightened);
     let closed = closed(&world, at(MAIL));
@@ -88,4 +91,71 @@ fn an_answer_that_comes_before_the_end_of_the_question_is_delivered() {
         let _ = stream.read_to_end(&mut answer);
         assert_eq!(answer, outside::REFUSAL, "turn {turn}");
     }
+}
+
+#[test]
+fn a_request_that_is_revoked_during_its_dial_has_its_end_on_record() {
+    let world = world("hole");
+    let pod = &world.pods[0];
+    ask(pod, at(DNS), "partner.example", RecordType::A).unwrap();
+    // Nothing answers, not even a refusal.
+    world.outside.sh("nft 'add table inet hole; \
+         add chain inet hole in { type filter hook input priority 0; }; \
+         add rule inet hole in tcp dport 80 drop'");
+    let mut stream = connect(pod, at("203.0.113.66:80")).unwrap();
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: partner.example\r\n\r\n")
+        .unwrap();
+    world.event("opened", |event| match event {
+        Event::Opened(it) => (it.destination == at("203.0.113.66:80")).then_some(()),
+        _ => None,
+    });
+    let mut tightened = policies();
+    for egress in &mut tightened {
+        egress.policies[0]
+            .rules
+            .retain(|rule| &*rule.id != "allow[1]");
+    }
+    world.control.set_egress(tightened);
+    let closed = closed(&world, at("203.0.113.66:80"));
+    assert_eq!((closed.end, closed.bytes_out), (End::NotConnected, 0));
+}
+
+#[test]
+fn what_a_server_has_yet_to_take_of_a_request_is_on_record_before_the_end() {
+    const SIZE: usize = 300_000;
+    let world = world("body");
+    let pod = &world.pods[0];
+    ask(pod, at(DNS), "partner.example", RecordType::A).unwrap();
+    let to = at("203.0.113.66:80");
+    let partner = outside::hasty(&world.outside, to);
+    let mut stream = connect(pod, to).unwrap();
+    let head =
+        format!("POST / HTTP/1.1\r\nHost: partner.example\r\nContent-Length: {SIZE}\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&vec![b'x'; SIZE]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    assert!(answer.starts_with(b"HTTP/1.1 200"));
+    let closed = closed(&world, to);
+    assert!(closed.bytes_out > SIZE as u64, "{closed:?}");
+    assert_eq!(
+        partner.bytes(),
+        closed.bytes_out,
+        "at the time of the record"
+    );
+}
+
+#[test]
+fn a_server_that_closes_an_idle_connection_just_then_is_asked_on_another() {
+    let world = world("alive");
+    let pod = &world.pods[0];
+    ask(pod, at(DNS), "partner.example", RecordType::A).unwrap();
+    let to = at("203.0.113.66:80");
+    outside::once(&world.outside, to);
+    let request = b"GET / HTTP/1.1\r\nHost: partner.example\r\n\r\n".repeat(30);
+    let last = b"GET / HTTP/1.1\r\nHost: partner.example\r\nConnection: close\r\n\r\n";
+    let answer = exchange(pod, to, &[&request, &last[..]].concat());
+    assert_eq!(answer.matches("HTTP/1.1 200").count(), 31, "{answer}");
 }

@@ -144,16 +144,8 @@ pub(crate) fn slow_reader(
     first: usize,
     go_on: &Arc<AtomicBool>,
 ) -> Seen {
-    let listener = outside.run(|| {
-        let socket = Socket::new(Domain::for_address(at), Type::STREAM, None).unwrap();
-        socket.set_reuse_address(true).unwrap();
-        socket.set_recv_buffer_size(4096).unwrap();
-        socket.bind(&at.into()).unwrap();
-        socket.listen(16).unwrap();
-        TcpListener::from(socket)
-    });
     let go_on = go_on.clone();
-    serve(listener, move |mut stream| {
+    serve(small(outside, at), move |mut stream| {
         stream.0.shutdown(Shutdown::Write).unwrap();
         let mut buffer = [0; 8192];
         let mut read = 0;
@@ -178,6 +170,39 @@ pub(crate) fn refuser(outside: &Namespace, at: SocketAddr) -> Seen {
     listen(outside, at, |mut stream| {
         let _ = stream.read_exact(&mut [0; 1024]);
         let _ = stream.write_all(REFUSAL);
+    })
+}
+
+const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+
+/// Answers one request and closes without having said so.
+pub(crate) fn once(outside: &Namespace, at: SocketAddr) -> Seen {
+    listen(outside, at, |mut stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        let _ = stream.write_all(OK);
+    })
+}
+
+/// Answers when it has read the first bytes, and reads on, a little at a time.
+pub(crate) fn hasty(outside: &Namespace, at: SocketAddr) -> Seen {
+    serve(small(outside, at), |mut stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        let _ = stream.write_all(OK);
+        while let Ok(1..) = stream.read(&mut [0; 4096]) {
+            thread::sleep(Duration::from_millis(20));
+        }
+    })
+}
+
+/// A listener whose connections take little before it is read.
+fn small(outside: &Namespace, at: SocketAddr) -> TcpListener {
+    outside.run(|| {
+        let socket = Socket::new(Domain::for_address(at), Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        socket.bind(&at.into()).unwrap();
+        socket.listen(16).unwrap();
+        TcpListener::from(socket)
     })
 }
 

@@ -11,10 +11,15 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
-use http_body_util::{BodyExt, Full, combinators::BoxBody};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use http_body_util::{BodyExt, Empty, Full, combinators::BoxBody};
+use hyper::{
+    body::{Body as _, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 use turnpike_ledger::{
     Event,
     record::{self, Attempt, End, Verdict},
@@ -22,7 +27,7 @@ use turnpike_ledger::{
 
 use self::{
     request::{InvalidRequest, Target, strip_hop},
-    upstream::Upstream,
+    upstream::{Unanswered, Upstream},
 };
 use super::{
     Door,
@@ -41,9 +46,10 @@ const MAX_HEADERS: usize = 128;
 
 /// What the requests of one connection share.
 struct Session<'a> {
-    door: &'a Door,
+    door: &'a Arc<Door>,
     caller: Caller,
     pod: Arc<Pod>,
+    stop: CancellationToken,
     /// One at a time uses it: HTTP/1 answers in order.
     upstream: Mutex<Option<Upstream>>,
     /// What the last request claimed; it stands for the connection when policy changes.
@@ -64,6 +70,7 @@ pub(super) async fn serve(client: Client<'_>, first: BytesMut) {
         door,
         caller,
         pod,
+        stop,
         upstream: Mutex::new(None),
         last: parking_lot::Mutex::new(None),
     };
@@ -85,7 +92,7 @@ pub(super) async fn serve(client: Client<'_>, first: BytesMut) {
             Ok(()) => (End::Finished, None),
             Err(error) => (End::Broken, Some(error.to_string())),
         },
-        () = stop.cancelled() => (End::GateStopped, None),
+        () = session.stop.cancelled() => (End::GateStopped, None),
     };
     let scanned = connection.into_parts().io.into_inner();
     let violation = scanned.violation();
@@ -103,10 +110,13 @@ pub(super) async fn serve(client: Client<'_>, first: BytesMut) {
         farewell(&mut stream, b"").await;
     }
     drop(stream);
-    if let Some(upstream) = session.upstream.into_inner() {
-        if end == End::Revoked {
-            door.metrics.revoked.inc();
-        }
+    let Some(upstream) = session.upstream.lock().await.take() else {
+        return;
+    };
+    if end == End::Finished {
+        let revoked = session.revoked(&mut revocation);
+        upstream.finish(door, revoked, &session.stop).await;
+    } else {
         upstream.close(door, end, reason).await;
     }
 }
@@ -130,12 +140,12 @@ impl Session<'_> {
             self.door.record_denial(Some(&self.pod), verdict).await;
             return Ok(response);
         }
-        *self.last.lock() = Some(claim);
+        let before = self.last.lock().replace(claim);
         let request = match target.rewrite(request) {
             Ok(request) => request,
             Err(error) => return Ok(text(error.status(), &error.to_string())),
         };
-        Ok(match self.forward(verdict, request).await {
+        Ok(match self.forward(verdict, before, request).await {
             Ok(response) => response,
             Err(ForwardError::Open(error @ OpenError::NotRecorded(_))) => {
                 text(StatusCode::SERVICE_UNAVAILABLE, &error.to_string())
@@ -144,29 +154,66 @@ impl Session<'_> {
         })
     }
 
+    /// `before` is what the last request claimed, which the connection stands for until this one.
     async fn forward(
         &self,
         verdict: Attempt,
+        before: Option<Claim>,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, ForwardError> {
         let mut slot = self.upstream.lock().await;
         if let Some(gone) = slot.take_if(|upstream| upstream.is_closed()) {
-            gone.close(self.door, End::Finished, None).await;
+            self.retire(gone, before.clone());
         }
-        let upstream = match slot.as_mut() {
-            Some(upstream) => {
-                self.record_other(upstream, verdict).await?;
-                upstream
-            }
-            None => slot.insert(Upstream::open(self.door, &self.caller, &self.pod, verdict).await?),
-        };
         let http10 = request.version() == Version::HTTP_10;
-        let mut response = upstream.send(request).await?;
+        let repeated = repeatable(&request);
+        let mut request = request.map(BodyExt::boxed);
+        let mut response = loop {
+            let reused = slot.is_some();
+            let upstream = match slot.as_mut() {
+                Some(upstream) => {
+                    self.record_other(upstream, verdict.clone()).await?;
+                    upstream
+                }
+                None => slot.insert(
+                    Upstream::open(self.door, &self.caller, &self.pod, verdict.clone()).await?,
+                ),
+            };
+            match upstream.send(request).await {
+                Ok(response) => break response,
+                // The server closed what was idle just then.
+                Err(Unanswered::Unsent(back, _)) if reused => request = *back,
+                Err(Unanswered::Unsent(_, error) | Unanswered::Sent(error)) => match &repeated {
+                    Some(again) if reused => {
+                        request = again.clone().map(|body| body.map_err(never).boxed());
+                    }
+                    _ => return Err(error.into()),
+                },
+            }
+            if let Some(gone) = slot.take() {
+                self.retire(gone, before.clone());
+            }
+        };
         strip_hop(response.headers_mut());
         if http10 {
             *response.version_mut() = Version::HTTP_10;
         }
         Ok(response.map(BodyExt::boxed))
+    }
+
+    /// Ends a connection that its server has closed, beside the request that goes to the next one.
+    fn retire(&self, gone: Upstream, claim: Option<Claim>) {
+        let (door, caller, stop) = (self.door.clone(), self.caller.clone(), self.stop.clone());
+        let mut revocation = Revocation::guard(&door.state);
+        self.door.tasks.spawn(async move {
+            let revoked = async {
+                match &claim {
+                    Some(claim) => revocation.revoked(&caller, claim).await,
+                    None => std::future::pending().await,
+                }
+            };
+            gone.finish(&door, revoked, &stop).await;
+        });
     }
 
     /// A request under another rule or for another host than the last one on record is put on
@@ -240,6 +287,26 @@ impl Session<'_> {
     }
 }
 
+/// The request once more, where a server may have it twice without harm (RFC 9110, 9.2.2).
+fn repeatable(request: &Request<Incoming>) -> Option<Request<Empty<Bytes>>> {
+    let (method, body) = (request.method(), request.body());
+    let harmless = method.is_safe() && body.is_end_stream();
+    harmless.then(|| {
+        let mut again = Request::new(Empty::new());
+        *again.method_mut() = method.clone();
+        *again.uri_mut() = request.uri().clone();
+        *again.version_mut() = request.version();
+        *again.headers_mut() = request.headers().clone();
+        // The spelling of the headers' names.
+        *again.extensions_mut() = request.extensions().clone();
+        again
+    })
+}
+
+fn never<T>(never: Infallible) -> T {
+    match never {}
+}
+
 #[derive(Debug, thiserror::Error)]
 enum ForwardError {
     #[error(transparent)]
@@ -259,7 +326,7 @@ fn forbidden(denied: &Attempt) -> Response<Body> {
 /// An answer of the gate's own. It ends the connection: what else the client has sent was meant
 /// for somebody else.
 fn text(status: StatusCode, message: &str) -> Response<Body> {
-    let body = Full::from(format!("turnpike: {message}\n")).map_err(|never| match never {});
+    let body = Full::from(format!("turnpike: {message}\n")).map_err(never);
     let mut response = Response::new(body.boxed());
     *response.status_mut() = status;
     let headers = response.headers_mut();
