@@ -12,13 +12,13 @@ use std::{
 
 use nix::unistd::setfsuid;
 use rig::{
-    INTERNET, INTERNET6, NODE, Pod, World,
-    frame::{Sniffer, token},
+    INTERNET, INTERNET6, NODE, Namespace, Pod, World,
+    frame::{self, Sniffer, token},
     pod4, pod6,
     talk::{ANY, PATIENCE, ask, greet, say},
 };
 use socket2::{Domain, Socket, Type};
-use turnpike_datapath::{Datapath, Snat, marks};
+use turnpike_datapath::{Datapath, Mac, Snat, marks};
 
 fn domain(address: IpAddr) -> Domain {
     if address.is_ipv4() {
@@ -247,6 +247,72 @@ fn translated_where_the_node_translates_and_still_the_gates() {
         socket.connect_timeout(&SocketAddr::from((pod4(8), 80)).into(), PATIENCE)
     });
     caller.unwrap();
+}
+
+#[test]
+fn nobody_else_comes_to_the_door() {
+    let (world, _datapath, pods) = scene("porch", None);
+    open_door(&world);
+    assert_eq!(ask(&pods[0].netns, (INTERNET, 443)).unwrap(), pod4(5));
+    assert!(ask(&world.outside, (NODE, marks::DOOR_PORT)).is_err());
+    let reached = world.outside.run(|| {
+        let door = (IpAddr::from(NODE), marks::DOOR_PORT).into();
+        TcpStream::connect_timeout(&door, std::time::Duration::from_millis(500)).is_ok()
+    });
+    assert!(!reached, "an outsider takes a place at the door");
+}
+
+/// Conntrack gives up on a segment outside its flow's window, and with it on translating it back.
+#[test]
+fn a_segment_beyond_the_window_resets_no_translated_connection() {
+    let direct = vec!["10.0.0.0/16".parse().unwrap()];
+    let (world, datapath, _pods) = scene("stray", Some(Snat { direct }));
+    let mut free = world.pod(8);
+    free.plan.policy.selected = false;
+    free.apply(&world, &datapath);
+    let listener = world
+        .outside
+        .run(|| TcpListener::bind((INTERNET, 9000)).unwrap());
+    let mut pods_end = free.netns.run(|| {
+        let to = (INTERNET, 9000).into();
+        TcpStream::connect_timeout(&to, PATIENCE).unwrap()
+    });
+    let (mut stream, peer) = listener.accept().unwrap();
+    assert_eq!(peer.ip(), IpAddr::from(NODE));
+    let before = resets(&world.node);
+    world.node.nft(&[
+        "table inet look { chain pre { type filter hook prerouting priority -300; \
+         tcp sport 9000 counter; }; }",
+    ]);
+    // Far from what either end has said: before it, which is fine, and beyond it.
+    for place in [1000, 1000 + (1 << 31)] {
+        let segment = frame::segment((INTERNET, 9000), (NODE, peer.port()), place, 0x10, b"");
+        let packet = frame::ipv4(6, INTERNET, NODE, &segment);
+        let from = Mac([2, 0, 0, 0, 0, 0x77]);
+        let strange = frame::ethernet(rig::PRIMARY_MAC, from, frame::IPV4, &packet);
+        frame::transmit(&world.outside, "e0", strange);
+    }
+    let came = || {
+        let listing = world.node.nft(&["list", "table", "inet", "look"]);
+        listing.contains("packets 2 ")
+    };
+    while !came() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    pods_end.write_all(b"still").unwrap();
+    stream.read_exact(&mut [0; 5]).unwrap();
+    assert_eq!(resets(&world.node), before);
+}
+
+/// Resets that the namespace's kernel sent.
+fn resets(namespace: &Namespace) -> u64 {
+    let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
+    let mut rows = table.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let names = rows.next().unwrap().split(' ');
+    let mut columns = names.zip(rows.next().unwrap().split(' '));
+    let (_, count) = columns.find(|(name, _)| *name == "OutRsts").unwrap();
+    count.parse().unwrap()
 }
 
 type Dial = (&'static str, SocketAddr, SocketAddr, u32, u32, bool);

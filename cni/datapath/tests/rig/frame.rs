@@ -131,12 +131,24 @@ pub(crate) fn udp(from: IpAddr, to: IpAddr, port: u16, data: &[u8]) -> Vec<u8> {
 
 /// A segment with these flags: 2 is SYN, 0x10 ACK.
 pub(crate) fn tcp(from: IpAddr, to: IpAddr, port: u16, flags: u8, data: &[u8]) -> Vec<u8> {
-    let mut segment = [5556u16, port].map(u16::to_be_bytes).concat();
-    segment.extend(1000u32.to_be_bytes());
+    segment((from, 5556), (to, port), 1000, flags, data)
+}
+
+/// The same from any port, at this place of both streams.
+pub(crate) fn segment(
+    (from, own): (impl Into<IpAddr>, u16),
+    (to, port): (impl Into<IpAddr>, u16),
+    place: u32,
+    flags: u8,
+    data: &[u8],
+) -> Vec<u8> {
+    let (from, to) = (from.into(), to.into());
+    let mut segment = [own, port].map(u16::to_be_bytes).concat();
+    segment.extend(place.to_be_bytes());
     segment.extend(if flags & 0x10 == 0 {
         [0; 4]
     } else {
-        1000u32.to_be_bytes()
+        place.to_be_bytes()
     });
     segment.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
     segment.extend(data);
