@@ -15,9 +15,9 @@ use turnpike_rig::{
     otlp::Sink,
     vpc::{self, Vpc},
     wait_for,
-    world::{self, Turn, folder_of, unmount_below},
+    world::{self, Turn, discard, folder_of},
 };
-use turnpike_vpc::{claim, fabric::isolation, netns::Namespace, run::Ready};
+use turnpike_vpc::{claim, netns::Namespace, run::Ready};
 
 use crate::{
     build::{self, Cache},
@@ -64,6 +64,12 @@ impl Cluster {
     /// Brings a cluster up; `progress` hears what is being done. Its nodes are not ready: they have
     /// no pod network yet.
     pub fn up(options: Options, progress: &dyn Fn(&str)) -> Result<Self> {
+        Self::up_in(Turn::wait(progress)?, options, progress)
+    }
+
+    /// The same for whoever has waited for its turn, such as to clean up first: another's cluster of
+    /// the same name is not to be taken from under it.
+    pub fn up_in(turn: Turn, options: Options, progress: &dyn Fn(&str)) -> Result<Self> {
         ensure!(
             nix::unistd::geteuid().is_root(),
             "a cluster in the box makes namespaces and needs root"
@@ -71,7 +77,6 @@ impl Cluster {
         let cache = Cache::open()?;
         build::build(&cache)?;
         let images = images::make(&cache, progress)?;
-        let turn = Turn::wait(progress)?;
         Self::clean(&options.name)?;
         let undo = Undo(Some(options.name.clone()));
         let cluster = Self::start(options, cache, &images, turn, progress)?;
@@ -169,44 +174,22 @@ impl Cluster {
         daemon::kill_recorded(&folder);
         vpc::down(name)?;
         cgroup::remove(name)?;
-        let cache = Cache::locate()?;
-        for folder in [folder, cache.disk(name)] {
-            unmount_below(&folder);
-            match fs::remove_dir_all(&folder) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("removing {}", folder.display()));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        discard(&folder)?;
+        discard(&Cache::locate()?.disk(name))
     }
 
     /// Fails unless no namespace of this cluster, pods' included, has a way out to the machine's
     /// own network.
     pub fn prove_isolation(&self) -> Result<()> {
-        let fabric = [&self.ready.router, &self.ready.internet].into_iter();
-        let instances = self
-            .ready
-            .instances
-            .values()
-            .map(|instance| &instance.namespace);
-        let mut all: Vec<Namespace> = fabric
-            .chain(instances)
-            .map(|name| Namespace::open(name))
-            .collect::<Result<_, _>>()?;
         let mut pods = Vec::new();
         for node in &self.nodes {
             for path in node.pod_networks()? {
                 pods.extend(Borrowed::take(&self.options.name, pods.len(), &path)?);
             }
         }
-        all.extend(pods.iter().map(|pod| pod.namespace.clone()));
-        let router = Namespace::open(&self.ready.router)?;
-        let cidr = self.ready.cidr.parse()?;
-        Ok(self
-            .runtime
-            .block_on(isolation::prove(&router, &all, cidr))?)
+        let namespaces = pods.iter().map(|pod| pod.namespace.clone());
+        let proof = vpc::prove_isolation(&self.ready, namespaces);
+        self.runtime.block_on(proof)
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {

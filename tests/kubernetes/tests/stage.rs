@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Failed;
 use turnpike_cluster::{Cluster, Options, Said, chart, kubectl::Kubectl};
-use turnpike_rig::{traces::Traces, wait_for};
+use turnpike_rig::{traces::Traces, wait_for, world::Turn};
 
 use crate::leftovers::nothing_of;
 
@@ -142,15 +142,16 @@ fn sweep(kubectl: &Kubectl) -> Result<()> {
 fn light() -> Stage {
     let begun = Instant::now();
     let tell = |what: &str| eprintln!("  {:>5.1} s {what}", begun.elapsed().as_secs_f64());
-    if let Err(error) = Cluster::clean(NAME) {
-        return Stage::Failed(format!("cleaning up: {error:#}"));
-    }
+    let turn = match Turn::wait(&tell).and_then(|turn| Cluster::clean(NAME).map(|()| turn)) {
+        Ok(turn) => turn,
+        Err(error) => return Stage::Failed(format!("cleaning up: {error:#}")),
+    };
     BEFORE.set(Some(Traces::of(NAME)));
     let options = Options {
         name: NAME.to_owned(),
         keep: false,
     };
-    let lit = Cluster::up(options, &tell).and_then(|cluster| {
+    let lit = Cluster::up_in(turn, options, &tell).and_then(|cluster| {
         if let Err(error) = cluster.install(&chart::values(), &tell) {
             eprintln!("{}", explain(&cluster));
             return Err(error);
