@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use turnpike_rules::ServiceKey;
 
-use crate::{http::body::ResponseBody, observe::Flags};
+use crate::{http::body::ResponseBody, mesh::Missing, observe::Flags};
 
 /// The header that tells the proxy's own answers from a server's.
 pub(crate) const ERROR_HEADER: HeaderName = HeaderName::from_static("x-turnpike-error");
@@ -21,10 +21,10 @@ pub(crate) enum ProxyError {
     Unauthorized(String),
     #[error("no route of {service} port {port} matches this request; add a rule to an HTTPRoute")]
     NoRoute { service: ServiceKey, port: u16 },
-    #[error("{route} has no backend with a weight; add a backendRef")]
-    NoBackend { route: Arc<str> },
-    #[error("there is no Service {0}, or the control plane has not answered for it")]
-    NoService(ServiceKey),
+    #[error("{route} {why}")]
+    NoBackend { route: Arc<str>, why: String },
+    #[error("Service {0}: {1}")]
+    NoService(ServiceKey, Missing),
     #[error("{service} has no port {port}")]
     NoPort { service: ServiceKey, port: u16 },
     #[error("no endpoint of {0} is ready; see its EndpointSlices")]
@@ -80,7 +80,7 @@ impl ProxyError {
             Self::Unauthorized(_)
             | Self::NoRoute { .. }
             | Self::NoBackend { .. }
-            | Self::NoService(_)
+            | Self::NoService(..)
             | Self::NoPort { .. }
             | Self::Overflow { .. } => Fault::Policy,
             Self::NoEndpoint(_)
@@ -102,7 +102,7 @@ impl ProxyError {
             | Self::Unauthorized(_)
             | Self::NoRoute { .. }
             | Self::NoBackend { .. }
-            | Self::NoService(_)
+            | Self::NoService(..)
             | Self::NoPort { .. }
             | Self::NoEndpoint(_)
             | Self::Overflow { .. }
@@ -115,7 +115,7 @@ impl ProxyError {
             Self::Malformed(_) => Flags::CLIENT_PROTOCOL,
             Self::Unauthorized(_) => Flags::UNAUTHORIZED,
             Self::NoRoute { .. } | Self::NoBackend { .. } | Self::NoPort { .. } => Flags::NO_ROUTE,
-            Self::NoService(_) => Flags::NO_CLUSTER,
+            Self::NoService(..) => Flags::NO_CLUSTER,
             Self::NoEndpoint(_) => Flags::NO_HEALTHY_UPSTREAM,
             Self::Overflow { .. } => Flags::OVERFLOW,
             Self::Connect { .. } => Flags::CONNECT_FAILED,
@@ -134,7 +134,7 @@ impl ProxyError {
             Self::Unauthorized(_) => "unauthorized",
             Self::NoRoute { .. } => "no-route",
             Self::NoBackend { .. } => "no-backend",
-            Self::NoService(_) => "no-service",
+            Self::NoService(..) => "no-service",
             Self::NoPort { .. } => "no-port",
             Self::NoEndpoint(_) => "no-endpoint",
             Self::Overflow { .. } => "overflow",
@@ -157,7 +157,7 @@ impl ProxyError {
             Self::NoBackend { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::BadAnswer(_) => StatusCode::BAD_GATEWAY,
-            Self::NoService(_)
+            Self::NoService(..)
             | Self::NoPort { .. }
             | Self::NoEndpoint(_)
             | Self::Overflow { .. }

@@ -31,8 +31,18 @@ pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// without a question to anybody.
     fn destination(&self, address: IpAddr) -> Answer<Lookup>;
 
-    /// A Service by name; `None` where there is none, or no answer within the deadline.
-    fn service(&self, key: &ServiceKey) -> Answer<Option<ServiceWatch>>;
+    /// A Service by name.
+    fn service(&self, key: &ServiceKey) -> Answer<Result<ServiceWatch, Missing>>;
+}
+
+/// Why there is no Service to call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Missing {
+    #[error("there is no such Service")]
+    Absent,
+    /// No answer within the deadline: it may be there.
+    #[error("the control plane has not answered for it")]
+    Unanswered,
 }
 
 /// What an address stands for.
@@ -134,7 +144,7 @@ impl Mesh {
         self.directory.destination(address)
     }
 
-    pub async fn service(&self, key: &ServiceKey) -> Option<ServiceWatch> {
+    pub async fn service(&self, key: &ServiceKey) -> Result<ServiceWatch, Missing> {
         self.directory.service(key).await
     }
 

@@ -30,7 +30,7 @@ use crate::{
     http::mirror::Copies,
     inbound::Inbound,
     limits::Permit,
-    mesh::Lookup,
+    mesh::{Lookup, Missing},
     observe::{Direction, Refusal, RefusalReason},
     outbound,
     service::{self, Gone, Port, Service},
@@ -92,22 +92,20 @@ impl Worker {
     }
 
     /// A Service as it is now, asked for on first use and again when it went away.
-    pub(crate) async fn service(&self, key: &ServiceKey) -> Option<Rc<Service>> {
+    pub(crate) async fn service(&self, key: &ServiceKey) -> Result<Rc<Service>, Missing> {
         let known = self.services.borrow().get(key).cloned();
         if let Some(known) = known {
             match known.refresh() {
-                Ok(()) => return Some(known),
+                Ok(()) => return Ok(known),
                 Err(Gone) => self.forget(&known),
             }
         }
         let watch = self.shared.mesh.service(key).await?;
         let mut services = self.services.borrow_mut();
         let service = services.entry(key.clone());
-        Some(
-            service
-                .or_insert_with(|| Service::new(self, key.clone(), watch))
-                .clone(),
-        )
+        Ok(service
+            .or_insert_with(|| Service::new(self, key.clone(), watch))
+            .clone())
     }
 
     /// One of a Service's ports as it is now.
@@ -116,15 +114,15 @@ impl Worker {
         key: &ServiceKey,
         port: u16,
     ) -> Result<(Rc<Service>, Rc<Port>), ProxyError> {
-        let gone = || ProxyError::NoService(key.clone());
-        let service = self.service(key).await.ok_or_else(gone)?;
+        let no = |missing| ProxyError::NoService(key.clone(), missing);
+        let service = self.service(key).await.map_err(no)?;
         match service.port(self, port) {
             Ok(Some(found)) => Ok((service, found)),
             Ok(None) => Err(ProxyError::NoPort {
                 service: key.clone(),
                 port,
             }),
-            Err(Gone) => Err(gone()),
+            Err(Gone) => Err(no(Missing::Absent)),
         }
     }
 

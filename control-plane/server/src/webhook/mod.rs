@@ -60,6 +60,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// After being told to stop: the API server, whose list of endpoints is a little old, may still call, and
 /// a pod that it could not ask about would not be created.
 const LINGER: Duration = Duration::from_secs(5);
+/// For one that connects then to ask: whoever takes over is to be asked next.
+const MOMENT: Duration = Duration::from_millis(500);
 /// For calls that are in flight then.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -86,17 +88,17 @@ pub async fn serve(
     injector: Injector,
     stop: CancellationToken,
 ) {
-    let stop = lingering(stop);
+    let last = later(&stop, LINGER);
     let acceptor = TlsAcceptor::from(tls);
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => break,
+            () = last.cancelled() => break,
             permit = permits.clone().acquire_owned() => {
                 let Ok(permit) = permit else { break };
                 tokio::select! {
-                    () = stop.cancelled() => break,
+                    () = last.cancelled() => break,
                     accepted = listener.accept() => accepted.map(|(stream, _)| (stream, permit)),
                 }
             }
@@ -104,7 +106,10 @@ pub async fn serve(
         match accepted {
             Ok((stream, permit)) => {
                 let (acceptor, injector) = (acceptor.clone(), injector.clone());
-                let stop = stop.clone();
+                let stop = match stop.is_cancelled() {
+                    false => stop.clone(),
+                    true => later(&stop, MOMENT),
+                };
                 connections.spawn(async move {
                     let _permit = permit;
                     connection(stream, acceptor, injector, stop).await;
@@ -121,13 +126,13 @@ pub async fn serve(
     let _ = timeout(DRAIN, drained).await;
 }
 
-/// Cancelled some time after `stop` is.
-fn lingering(stop: CancellationToken) -> CancellationToken {
+/// Cancelled some time after `stop` is, or from now if it has been.
+fn later(stop: &CancellationToken, pause: Duration) -> CancellationToken {
     let later = CancellationToken::new();
-    let told = later.clone();
+    let (stop, told) = (stop.clone(), later.clone());
     tokio::spawn(async move {
         stop.cancelled().await;
-        sleep(LINGER).await;
+        sleep(pause).await;
         told.cancel();
     });
     later

@@ -22,7 +22,7 @@ use super::{
     dump,
     index::{AddressState, Asked, Index, Names},
 };
-use crate::mesh::{Answer, Directory, Lookup, ServiceWatch};
+use crate::mesh::{Answer, Directory, Lookup, Missing, ServiceWatch};
 
 /// The longest that a connection waits for the controller's answer.
 pub const DEADLINE: Duration = Duration::from_secs(2);
@@ -215,18 +215,21 @@ impl Directory for Store {
         }
     }
 
-    fn service(&self, key: &ServiceKey) -> Answer<Option<ServiceWatch>> {
+    fn service(&self, key: &ServiceKey) -> Answer<Result<ServiceWatch, Missing>> {
         let asked = self.0.index.lock().service(key, Instant::now());
         match asked {
-            Asked::Known(service) => Box::pin(std::future::ready(service)),
-            Asked::Full => Box::pin(std::future::ready(None)),
+            Asked::Known(service) => Box::pin(std::future::ready(service.ok_or(Missing::Absent))),
+            Asked::Full => Box::pin(std::future::ready(Err(Missing::Unanswered))),
             Asked::Waiting(waiting) => {
                 self.0.wake.notify_one();
                 let key = key.clone();
                 let answer = self
                     .clone()
                     .ask(Some(waiting), move |index, now| index.service(&key, now));
-                Box::pin(async move { answer.await.flatten() })
+                Box::pin(async move {
+                    let service = answer.await.ok_or(Missing::Unanswered)?;
+                    service.ok_or(Missing::Absent)
+                })
             }
         }
     }

@@ -20,6 +20,7 @@ use crate::{
         mirror::Copy,
         upgrade::{self, Asked},
     },
+    mesh::Missing,
     service::{Port, Service},
     worker::Worker,
 };
@@ -297,6 +298,7 @@ impl Outbound {
         let Some(backend) = route.pick(fastrand::u32(..)) else {
             return Err(ProxyError::NoBackend {
                 route: route.name.clone(),
+                why: "has no backend with a weight; add a backendRef".to_owned(),
             });
         };
         let index = route
@@ -304,7 +306,17 @@ impl Outbound {
             .iter()
             .position(|each| std::ptr::eq(each, backend));
         filters::on_request(&backend.filters, &route, parts)?;
-        let (service, port) = self.worker.port(&backend.service, backend.port).await?;
+        let found = self.worker.port(&backend.service, backend.port).await;
+        let (service, port) = found.map_err(|error| match error {
+            // Its share fails for good, as its status says.
+            ProxyError::NoService(_, Missing::Absent) | ProxyError::NoPort { .. } => {
+                ProxyError::NoBackend {
+                    route: route.name.clone(),
+                    why: format!("sends this share nowhere: {error}"),
+                }
+            }
+            error => error,
+        })?;
         let mut to = destination(&service, port);
         to.route = Some(route.clone());
         Ok((to, index.unwrap_or(0)))

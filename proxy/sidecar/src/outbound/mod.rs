@@ -250,9 +250,12 @@ impl Client {
     }
 
     async fn call_service(mut self, key: ServiceKey) {
-        let Some(service) = self.worker.service(&key).await else {
-            let details = ProxyError::NoService(key).to_string();
-            return self.refuse(RefusalReason::NoRoute, &details);
+        let service = match self.worker.service(&key).await {
+            Ok(service) => service,
+            Err(missing) => {
+                let details = ProxyError::NoService(key, missing).to_string();
+                return self.refuse(RefusalReason::NoRoute, &details);
+            }
         };
         let Ok(Some(port)) = service.port(&self.worker, self.original.port()) else {
             let error = ProxyError::NoPort {
@@ -418,7 +421,7 @@ impl Direct {
     async fn destination(&self, worker: &Worker) -> Destination {
         let picker = Picker::Pod(self.endpoint.clone());
         let service = match &self.endpoint.service {
-            Some(key) => worker.service(key).await,
+            Some(key) => worker.service(key).await.ok(),
             None => None,
         };
         match service {

@@ -170,7 +170,7 @@ async fn no_answer_within_the_deadline_is_not_a_no() {
         later.map(|answer| (answer, began.elapsed())),
     );
     assert!(matches!(answer.0, Lookup::Unanswered), "{:?}", answer.0);
-    assert!(none.0.is_none());
+    assert!(none.0.is_err());
     assert!(matches!(again.0, Lookup::Unanswered), "{:?}", again.0);
     let within = |took: Duration, deadline: Duration| {
         let slack = Duration::from_secs(1);
@@ -196,7 +196,7 @@ async fn a_no_is_kept_until_the_controller_says_otherwise() {
     let store = pod.control.store();
     for _ in 0..3 {
         assert!(matches!(store.destination(ip(8)).await, Lookup::Unknown));
-        assert!(store.service(&key("none")).await.is_none());
+        assert!(store.service(&key("none")).await.is_err());
     }
     assert_eq!(asked(&pod, Destination::TYPE_URL, "default/10.0.0.8"), 1);
     assert_eq!(asked(&pod, Service::TYPE_URL, &view("none")), 1);
@@ -207,7 +207,7 @@ async fn a_no_is_kept_until_the_controller_says_otherwise() {
         while !matches!(store.destination(ip(8)).await, Lookup::Workload(_)) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        while store.service(&key("none")).await.is_none() {
+        while store.service(&key("none")).await.is_err() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
@@ -281,7 +281,7 @@ async fn endpoints_change_alone_and_a_service_ends() {
         changed(&mut web).await.is_err(),
         "its users are told by the end of the watch"
     );
-    assert!(pod.control.store().service(&key("web")).await.is_none());
+    assert!(pod.control.store().service(&key("web")).await.is_err());
 }
 
 #[tokio::test]

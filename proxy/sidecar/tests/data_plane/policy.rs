@@ -135,7 +135,7 @@ async fn requests_follow_their_routes() {
     for (path, status, flags) in [
         ("/none", 404, "NR"),
         ("/nothing", 500, "NR"),
-        ("/missing", 503, "NC"),
+        ("/missing", 500, "NR"),
     ] {
         let (got, body) = get(caller.outbound(), path).await;
         assert_eq!(got, status, "{path}: {body}");

@@ -23,7 +23,7 @@ use turnpike_sidecar::{
     DataPlane,
     capture::OriginalDestination,
     config::{Bounds, Config, Listen},
-    mesh::{Answer, Directory, EndpointView, Lookup, Mesh, ServiceView, ServiceWatch},
+    mesh::{Answer, Directory, EndpointView, Lookup, Mesh, Missing, ServiceView, ServiceWatch},
     observe::{
         AccessRecord, Direction, HttpOutcome, HttpSeries, Labels, Mirrored, Observer, Refusal,
         RefusalReason, Span, TcpSeries,
@@ -87,14 +87,14 @@ impl Directory for Known {
         })
     }
 
-    fn service(&self, key: &ServiceKey) -> Answer<Option<ServiceWatch>> {
+    fn service(&self, key: &ServiceKey) -> Answer<Result<ServiceWatch, Missing>> {
         let watch = self
             .services
             .lock()
             .unwrap()
             .get(key)
             .map(watch::Sender::subscribe);
-        Box::pin(async move { watch })
+        Box::pin(async move { watch.ok_or(Missing::Absent) })
     }
 }
 
