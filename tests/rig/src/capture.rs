@@ -7,12 +7,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use etherparse::{NetSlice, SlicedPacket, TcpSlice, TransportSlice};
 use pcap_parser::{LegacyPcapReader, PcapBlockOwned, PcapError, traits::PcapReaderIterator as _};
 use turnpike_vpc::netns::{Command, Namespace};
@@ -30,6 +30,7 @@ const BUFFER: usize = 256 << 10;
 #[derive(Debug)]
 pub struct Capture {
     tcpdump: Daemon,
+    namespace: Namespace,
     file: PathBuf,
 }
 
@@ -72,8 +73,11 @@ impl Capture {
                 "--immediate-mode",
                 "-U",
                 "-n",
+                // A thousand frames of any size may wait: in immediate mode each has room for the largest.
                 "-s",
-                "0",
+                "65535",
+                "-B",
+                "65536",
                 "-i",
                 "any",
                 "-y",
@@ -84,21 +88,40 @@ impl Capture {
             ])
             .arg(&file)
             .arg(format!("not tcp port {OTLP_PORT}"));
-        let tcpdump = Daemon::start("tcpdump", command, namespace, &folder, false)?;
-        wait_for(Duration::from_secs(10), || {
-            tcpdump.log().contains("listening").then_some(())
-        })
-        .with_context(|| format!("tcpdump did not begin: {}", tcpdump.log()))?;
-        // It says so a moment before the first packet is really taken.
-        std::thread::sleep(Duration::from_millis(200));
-        Ok(Self { tcpdump, file })
+        let capture = Self {
+            tcpdump: Daemon::start("tcpdump", command, namespace, &folder, false)?,
+            namespace: namespace.clone(),
+            file,
+        };
+        capture.mark("turnpike: the capture begins")?;
+        Ok(capture)
     }
 
     pub fn finish(mut self) -> Result<Wire> {
-        // What was sent last may still be on its way through the capture buffer.
-        std::thread::sleep(Duration::from_millis(300));
+        self.mark("turnpike: the capture ends")?;
         self.tcpdump.stop(Duration::from_secs(5))?;
+        let log = self.tcpdump.log();
+        ensure!(
+            log.contains("\n0 packets dropped by kernel"),
+            "the capture is not whole: {log}"
+        );
         Wire::read(&self.file)
+    }
+
+    /// Sends a text over loopback until it is in the file. Then packets are taken, which tcpdump's
+    /// "listening" does not say, and all that came before are there.
+    fn mark(&self, text: &str) -> Result<()> {
+        let send = || -> std::io::Result<()> {
+            let socket = UdpSocket::bind("127.0.0.1:0")?;
+            socket.send_to(text.as_bytes(), "127.0.0.1:9").map(drop)
+        };
+        let taken = wait_for(Duration::from_secs(10), || {
+            let sent = self.namespace.run(send).is_ok_and(|sent| sent.is_ok());
+            let file = std::fs::read(&self.file).unwrap_or_default();
+            (sent && holds(&file, text)).then_some(())
+        });
+        let log = || format!("tcpdump takes nothing: {}", self.tcpdump.log());
+        taken.with_context(log)
     }
 }
 
@@ -128,9 +151,8 @@ impl Wire {
     }
 
     fn take(&mut self, frame: &[u8]) {
-        self.frames.push(frame.to_vec());
         let Ok(packet) = SlicedPacket::from_linux_sll(frame) else {
-            return;
+            return self.frames.push(frame.to_vec());
         };
         let (source, destination): (IpAddr, IpAddr) = match &packet.net {
             Some(NetSlice::Ipv4(ip)) => (
@@ -141,8 +163,13 @@ impl Wire {
                 ip.header().source_addr().into(),
                 ip.header().destination_addr().into(),
             ),
-            _ => return,
+            _ => return self.frames.push(frame.to_vec()),
         };
+        // Our own marks.
+        if destination.is_loopback() {
+            return;
+        }
+        self.frames.push(frame.to_vec());
         self.destinations.insert(destination);
         if let Some(TransportSlice::Tcp(tcp)) = &packet.transport {
             let direction = (
@@ -175,12 +202,13 @@ impl Wire {
     pub fn carried(&self, text: &str) -> bool {
         let said = self.streams.values().flatten().flat_map(Stream::said);
         let mut all = self.frames.iter().cloned().chain(said);
-        all.any(|bytes| {
-            bytes
-                .windows(text.len())
-                .any(|window| window == text.as_bytes())
-        })
+        all.any(|bytes| holds(&bytes, text))
     }
+}
+
+fn holds(bytes: &[u8], text: &str) -> bool {
+    let mut windows = bytes.windows(text.len());
+    windows.any(|window| window == text.as_bytes())
 }
 
 impl Stream {
