@@ -334,9 +334,11 @@ fn told_interface(rig: &Rig) -> String {
 
 #[test]
 fn a_burst_on_a_small_pool_waits_for_addresses_and_gets_them_on_a_second_interface() {
+    // Often enough that also an attachment is answered with an error that says nothing.
+    let failing = ROUGH.replace("failures: 0.05", "failures: 0.3");
     let rig = Rig::up(
         "ag4",
-        ROUGH,
+        &failing,
         &[("WARM_IP_TARGET", "2"), ("TURNPIKE_ADDRESS_WAIT", "40")],
     );
     let pods: Vec<_> = (0..14)

@@ -18,6 +18,10 @@ use crate::node::{Node, datapath_eni};
 const POLL: Duration = Duration::from_millis(500);
 /// For an attach or a detach to be through; EC2 says "up to 10 s" and means it mostly.
 const STATE_CHANGE: Duration = Duration::from_secs(60);
+/// For EC2 to list an attachment, where its answer did not say whether there is one; then it is asked
+/// for again. Its lists lag by seconds.
+const LISTED: Duration = Duration::from_secs(5);
+const ATTACHES: u32 = 4;
 /// For the link of an attached interface to appear in the kernel.
 const LINK: Duration = Duration::from_secs(30);
 const SUBNET_PAUSE: Duration = Duration::from_secs(120);
@@ -31,8 +35,8 @@ enum CallError {
     Cloud(#[from] CloudError),
     #[error("the interface's link or routes: {0}")]
     Link(#[from] DatapathError),
-    #[error("{0} after {STATE_CHANGE:?}")]
-    Slow(&'static str),
+    #[error("{0} after {1:?}")]
+    Slow(&'static str, Duration),
     #[error("pods use it")]
     InUse,
     /// What had been made is deleted again.
@@ -223,22 +227,38 @@ impl<C: Cloud> Caller<C> {
             .filter_map(|it| Some(it.attachment.as_ref()?.device_index))
             .collect();
         let free = (1..).find(|index| !used.contains(index)).unwrap_or(1);
-        self.becomes(&interface.id, "the interface is not available", |it| {
-            it.available || it.attachment.is_some()
-        })
-        .await?;
-        match self.cloud.attach(&interface.id, instance, free).await {
-            // The answer was lost: whether it was done, EC2's list says.
-            Err(error @ CloudError::Unknown { .. }) => {
-                count(&self.node, "AttachNetworkInterface", Some(&error));
-            }
-            answer => {
-                self.counted("AttachNetworkInterface", answer)?;
+        let available = |it: &Interface| it.available || it.attachment.is_some();
+        let otherwise = "the interface is not available";
+        self.becomes(&interface.id, STATE_CHANGE, otherwise, available)
+            .await?;
+        for _ in 0..ATTACHES {
+            match self.cloud.attach(&interface.id, instance, free).await {
+                Err(error @ CloudError::Unknown { .. }) => {
+                    count(&self.node, "AttachNetworkInterface", Some(&error));
+                    if self.is_listed_attached(&interface.id).await? {
+                        break;
+                    }
+                }
+                answer => {
+                    self.counted("AttachNetworkInterface", answer)?;
+                    break;
+                }
             }
         }
         // Held until EC2 lists it, so that the next one sees its device number taken.
         self.attached(&interface.id).await?;
         self.interface(&interface.id).await
+    }
+
+    /// Whether what an answer left open was done, by EC2's list.
+    async fn is_listed_attached(&self, id: &str) -> Result<bool, CallError> {
+        let listed = |it: &Interface| it.attachment.is_some();
+        let seen = self.becomes(id, LISTED, "no attachment is listed", listed);
+        match seen.await {
+            Ok(_) => Ok(true),
+            Err(CallError::Slow(..)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     async fn attached(&self, id: &str) -> Result<(Interface, Attachment), CallError> {
@@ -247,11 +267,19 @@ impl<C: Cloud> Caller<C> {
             attachment.is_some_and(|it| it.state == AttachmentState::Attached)
         };
         let interface = self
-            .becomes(id, "the interface is not attached", is_attached)
+            .becomes(
+                id,
+                STATE_CHANGE,
+                "the interface is not attached",
+                is_attached,
+            )
             .await?;
         match interface.attachment.clone() {
             Some(attachment) => Ok((interface, attachment)),
-            None => Err(CallError::Slow("the interface is not attached")),
+            None => Err(CallError::Slow(
+                "the interface is not attached",
+                STATE_CHANGE,
+            )),
         }
     }
 
@@ -260,6 +288,7 @@ impl<C: Cloud> Caller<C> {
     async fn becomes(
         &self,
         id: &str,
+        within: Duration,
         otherwise: &'static str,
         right: impl Fn(&Interface) -> bool,
     ) -> Result<Interface, CallError> {
@@ -273,8 +302,8 @@ impl<C: Cloud> Caller<C> {
                 tokio::time::sleep(POLL).await;
             }
         };
-        let waited = tokio::time::timeout(STATE_CHANGE, wait).await;
-        waited.unwrap_or(Err(CallError::Slow(otherwise)))
+        let waited = tokio::time::timeout(within, wait).await;
+        waited.unwrap_or(Err(CallError::Slow(otherwise, within)))
     }
 
     /// Routes first, then EC2; what is gone already is fine.
@@ -314,7 +343,8 @@ impl<C: Cloud> Caller<C> {
             Ok(())
         };
         let waited = tokio::time::timeout(STATE_CHANGE, wait).await;
-        waited.unwrap_or(Err(CallError::Slow("the interface is not detached")))
+        let slow = CallError::Slow("the interface is not detached", STATE_CHANGE);
+        waited.unwrap_or(Err(slow))
     }
 
     async fn interfaces(&self, filters: &[(&str, &str)]) -> Result<Vec<Interface>, CallError> {
@@ -349,7 +379,7 @@ fn judge(error: &CallError) -> (Duration, bool) {
         ) => (REFUSED_PAUSE, true),
         CallError::Cloud(error) => (SHORT_PAUSE, !error.is_unknown()),
         CallError::Link(_) | CallError::InUse => (SHORT_PAUSE, true),
-        CallError::Slow(_) => (SHORT_PAUSE, false),
+        CallError::Slow(..) => (SHORT_PAUSE, false),
         CallError::Undone(error) => (judge(error).0, true),
     }
 }
