@@ -178,22 +178,20 @@ fn those_left_inside_are_found_and_killed() {
     assert!(!ns.0.path().exists());
 }
 
-#[tokio::test]
-async fn a_child_that_dies_with_its_parent_outlives_the_thread_that_asked_for_it() {
+#[test]
+fn a_child_that_dies_with_its_parent_outlives_the_thread_that_asked_for_it() {
     let ns = Scratch::new("parent");
     let inner = ns.0.clone();
-    let mut child = tokio::task::spawn_blocking(move || {
+    let asking = std::thread::spawn(move || {
         let command = shell("echo up; sleep 0.3; echo done")
             .die_with_parent()
             .stdout(Output::Piped);
-        command.spawn_tokio(&inner).unwrap()
-    })
-    .await
-    .unwrap();
+        command.spawn(&inner).unwrap()
+    });
+    let mut child = asking.join().unwrap();
     let mut said = String::new();
-    tokio::io::AsyncReadExt::read_to_string(child.stdout.as_mut().unwrap(), &mut said)
-        .await
-        .unwrap();
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_to_string(&mut said).unwrap();
     assert_eq!(said, "up\ndone\n");
-    assert!(child.wait().await.unwrap().success());
+    assert!(child.wait().unwrap().success());
 }

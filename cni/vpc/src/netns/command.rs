@@ -189,17 +189,6 @@ impl Command {
         spawned.map_err(system(self.action(namespace)))
     }
 
-    /// Starts it as a child of the current tokio runtime. It is not killed on drop.
-    pub fn spawn_tokio(&self, namespace: &Namespace) -> Result<tokio::process::Child, Error> {
-        let mut command = tokio::process::Command::from(self.prepare(namespace)?);
-        let runtime = tokio::runtime::Handle::current();
-        let spawned = self.on_lasting_thread(move || {
-            let _entered = runtime.enter();
-            command.spawn()
-        })?;
-        spawned.map_err(system(self.action(namespace)))
-    }
-
     /// Runs it to its end with stdout and stderr collected. Both grow with what it writes: for
     /// short tools.
     pub fn output(&self, namespace: &Namespace) -> Result<std::process::Output, Error> {

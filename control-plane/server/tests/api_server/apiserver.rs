@@ -205,15 +205,7 @@ current-context: c
     /// The CRDs of our kinds, in force when it returns.
     pub(crate) fn install_crds(&self) {
         let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../charts/turnpike/crds");
-        let crds = crds.display().to_string();
-        self.kubectl(&["apply", "--server-side", "-f", &crds]);
-        self.kubectl(&[
-            "wait",
-            "--for=condition=Established",
-            "crd",
-            "--all",
-            "--timeout=60s",
-        ]);
+        self.establish(&crds);
     }
 
     /// The CRD of Gateway API's HTTPRoute, as its project publishes it.
@@ -221,15 +213,14 @@ current-context: c
         let crd = self
             .bin
             .join("../gateway-api/gateway.networking.k8s.io_httproutes.yaml");
-        let crd = crd.display().to_string();
-        self.kubectl(&["apply", "--server-side", "-f", &crd]);
-        self.kubectl(&[
-            "wait",
-            "--for=condition=Established",
-            "crd",
-            "--all",
-            "--timeout=60s",
-        ]);
+        self.establish(&crd);
+    }
+
+    fn establish(&self, crds: &Path) {
+        let crds = crds.display().to_string();
+        self.kubectl(&["apply", "--server-side", "-f", &crds]);
+        let established = "--for=condition=Established";
+        self.kubectl(&["wait", established, "crd", "--all", "--timeout=60s"]);
     }
 
     /// A token of a pod's, as kubelet asks for it.
