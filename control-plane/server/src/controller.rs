@@ -197,11 +197,15 @@ impl Controller {
         tasks.spawn(async move { own.keep_fresh().await });
 
         tokio::select! {
+            // First: once it says that it is ready, it ends in order.
+            biased;
             () = health.synced() => {}
             () = stop.cancelled() => return Ok(()),
             Some(ended) = tasks.join_next() => anyhow::bail!("a part ended by itself: {ended:?}"),
         }
         let config = server_config_with(store, &[ALPN_GRPC], ClientAuth::None);
+        // Not `stop` itself: by that a server without calls ends at once, as if by itself.
+        let drain = CancellationToken::new();
         let served = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
@@ -209,7 +213,7 @@ impl Controller {
             .layer(authenticate)
             .add_service(discovery.service())
             .add_service(issuer.into_server())
-            .serve_with_incoming_shutdown(accept_tls(grpc, config), stop.clone().cancelled_owned());
+            .serve_with_incoming_shutdown(accept_tls(grpc, config), drain.cancelled());
         let mut served = std::pin::pin!(served);
         tokio::select! {
             ended = &mut served => return ended.context("gRPC ended by itself"),
@@ -219,6 +223,7 @@ impl Controller {
         tracing::info!("stopping");
         health.stop();
         discovery.stop();
+        drain.cancel();
         match tokio::time::timeout(DRAIN, served).await {
             Ok(ended) => ended.context("gRPC did not end well")?,
             Err(_) => tracing::warn!("calls were still in flight after {DRAIN:?}"),

@@ -238,6 +238,18 @@ fn a_policy_without_effect_is_logged_until_it_has_one() {
     said("TrafficPolicy shop/cart: Accepted now");
 }
 
+/// Also with nobody connected, who would keep it from ending in another order. Which of two things that
+/// are due comes first is chance: hence again and again.
+#[test]
+fn told_to_stop_it_ends_in_order() {
+    let mut rig = Rig::prepare(&world());
+    for times in 1..=8 {
+        rig.launch();
+        assert_eq!(rig.terminate(), Some(0));
+        assert_eq!(rig.log().matches("\"stopping\"").count(), times);
+    }
+}
+
 #[test]
 fn pages_say_what_they_are_for() {
     let rig = Rig::start(&world());
