@@ -269,7 +269,7 @@ fn what_is_tried_while_a_part_is_away_is_on_record_too() {
     datagram(&world, BATCH, 7101);
     let gate = &mut world.node_mut("node-b").unwrap().gate;
     gate.restart().unwrap();
-    gate.ready("127.0.0.1:15022".parse().unwrap(), "/healthz", SOON)
+    gate.ready("127.0.0.1:15022".parse().unwrap(), "/healthz/live", SOON)
         .unwrap();
     assert!(
         told(&world, BATCH, 7101),

@@ -169,7 +169,7 @@ impl Part {
         match self {
             Self::Controller => ("10.0.0.10:15014", "/healthz/ready"),
             Self::Agent => ("127.0.0.1:61678", "/healthz/ready"),
-            Self::Gate => ("127.0.0.1:15022", "/healthz"),
+            Self::Gate => ("127.0.0.1:15022", "/healthz/live"),
             Self::Sidecar(_) => ("127.0.0.1:15021", "/healthz/ready"),
         }
     }

@@ -54,8 +54,8 @@ pub async fn run(
     let tasks = TaskTracker::new();
     for (listener, show) in [(Some(questions), Show::Record), (health, Show::Health)] {
         let Some(listener) = listener else { continue };
-        let (shared, tasks_of, cancel) = (shared.clone(), tasks.clone(), cancel.clone());
-        tasks.spawn(http::serve(listener, show, shared, tasks_of, cancel));
+        let serving = http::serve(listener, show, shared.clone());
+        tasks.spawn(cancel.clone().run_until_cancelled_owned(serving));
     }
     let incoming = accept_tls(uploads, server_config(credentials, &[ALPN_GRPC]));
     let service = AuditServer::new(receiver).max_decoding_message_size(MAX_MESSAGE);

@@ -265,7 +265,7 @@ async fn strangers_learn_whether_it_is_well_and_nothing_of_the_record() {
     let dir = tempfile::tempdir().unwrap();
     let (server, _) = Server::start(&world, dir.path(), None).await;
     for (path, status) in [
-        ("/healthz", "200"),
+        ("/healthz/live", "200"),
         ("/healthz/ready", "200"),
         ("/metrics", "200"),
         ("/v1/records", "404"),

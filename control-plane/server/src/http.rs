@@ -1,34 +1,14 @@
 //! Metrics, health, and what on-call wants to see, over plain HTTP.
 
-use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use http_body_util::Full;
-use hyper::{
-    Method, Request, Response, StatusCode,
-    body::{Bytes, Incoming},
-    header::CONTENT_TYPE,
-    server::conn::http1,
-    service::service_fn,
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    task::JoinSet,
-    time::{sleep, timeout},
-};
+use tokio::net::TcpListener;
 use turnpike_discovery::{Adoption, Counters, Discovery, SubscriberStatus};
 use turnpike_kubernetes::Place;
+use turnpike_wire::pages::{self, Asked, LIFE, Page, StatusCode, json, text};
 
 use crate::{feed::Health, metrics::Metrics};
-
-/// Connections at once; further ones wait in the kernel's queue.
-const CONNECTIONS: usize = 64;
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection is closed after this, whatever it does.
-const CONNECTION_LIFE: Duration = Duration::from_secs(300);
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the pages show.
 #[derive(Clone, Debug)]
@@ -38,75 +18,25 @@ pub struct Pages {
     pub health: Arc<Health>,
 }
 
-type Page = Response<Full<Bytes>>;
-
 /// Serves until dropped, and its connections with it.
 pub async fn serve(listener: TcpListener, pages: Pages) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
-    let mut connections = JoinSet::new();
-    loop {
-        let Ok(permit) = permits.clone().acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let pages = pages.clone();
-                connections.spawn(async move {
-                    let _permit = permit;
-                    let _ = timeout(CONNECTION_LIFE, connection(stream, pages)).await;
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept an HTTP connection");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
-        while connections.try_join_next().is_some() {}
-    }
-}
-
-async fn connection(stream: TcpStream, pages: Pages) {
-    let near = match (stream.peer_addr(), stream.local_addr()) {
-        (Ok(peer), Ok(local)) => same_host(peer.ip(), local.ip()),
-        _ => false,
-    };
-    let answer = service_fn(move |request: Request<Incoming>| {
-        let page = pages.answer(request.method(), request.uri().path(), near);
-        async move { Ok::<_, Infallible>(page) }
-    });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(16 * 1024)
-        .serve_connection(TokioIo::new(stream), answer);
-    if let Err(error) = served.await {
-        tracing::debug!(%error, "HTTP connection failed");
-    }
-}
-
-/// Over loopback, or from an address of this host to itself.
-fn same_host(peer: IpAddr, local: IpAddr) -> bool {
-    let (peer, local) = (peer.to_canonical(), local.to_canonical());
-    peer.is_loopback() || peer == local
+    let answer = move |asked| std::future::ready(pages.answer(&asked));
+    pages::serve(listener, LIFE, answer).await;
 }
 
 impl Pages {
-    fn answer(&self, method: &Method, path: &str, near: bool) -> Page {
-        if method != Method::GET && method != Method::HEAD {
+    fn answer(&self, asked: &Asked) -> Page {
+        if !asked.reads() {
             return text(StatusCode::METHOD_NOT_ALLOWED, "allowed are GET and HEAD\n");
         }
-        match path {
-            "/metrics" => page(
-                StatusCode::OK,
-                "application/openmetrics-text; version=1.0.0; charset=utf-8",
-                self.metrics.text(),
-            ),
+        match asked.uri.path() {
+            "/metrics" => pages::metrics(self.metrics.text()),
             "/healthz/live" => text(StatusCode::OK, "alive\n"),
             "/healthz/ready" => match self.health.why_not_ready() {
                 None => text(StatusCode::OK, "ready\n"),
                 Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
             },
-            "/debug/rejections" | "/debug/status" if !near => text(
+            "/debug/rejections" | "/debug/status" if !asked.near => text(
                 StatusCode::FORBIDDEN,
                 "/debug is for callers on the controller's own host: use kubectl port-forward, or \
                  ask over loopback\n",
@@ -181,30 +111,10 @@ struct ConditionStatus {
     message: String,
 }
 
-fn json(content: &impl Serialize) -> Page {
-    match serde_json::to_vec_pretty(content) {
-        Ok(body) => page(StatusCode::OK, "application/json", body),
-        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-    }
-}
-
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Page {
-    page(status, "text/plain; charset=utf-8", body)
-}
-
-fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Page {
-    let mut page = Response::new(Full::new(body.into()));
-    *page.status_mut() = status;
-    page.headers_mut().insert(
-        CONTENT_TYPE,
-        hyper::header::HeaderValue::from_static(content_type),
-    );
-    page
-}
-
 #[cfg(test)]
 mod tests {
     use turnpike_model::{Model, Settings};
+    use turnpike_wire::pages::Method;
 
     use super::*;
 
@@ -221,48 +131,23 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn connections_end_with_the_server() {
-        use tokio::{io::AsyncReadExt, io::AsyncWriteExt, task::yield_now};
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let pages = pages();
-        let health = pages.health.clone();
-        let server = tokio::spawn(serve(listener, pages));
-        let mut client = TcpStream::connect(address).await.unwrap();
-        let ask = b"GET /healthz/live HTTP/1.1\r\nhost: x\r\n\r\n";
-        client.write_all(ask).await.unwrap();
-        client.read_u8().await.unwrap();
-        server.abort();
-        let _ = server.await;
-        for _ in 0..100 {
-            yield_now().await;
-        }
-        assert_eq!(
-            Arc::strong_count(&health),
-            1,
-            "nobody serves pages any more"
-        );
-    }
-
     #[test]
     fn debug_pages_are_for_the_same_host() {
         let pages = pages();
-        let status = |path, near| pages.answer(&Method::GET, path, near).status();
+        let status = |method, path: &str, near| {
+            let uri = path.parse().unwrap();
+            pages.answer(&Asked { method, uri, near }).status()
+        };
         for path in ["/debug/rejections", "/debug/status"] {
-            assert_eq!(status(path, true), StatusCode::OK);
-            assert_eq!(status(path, false), StatusCode::FORBIDDEN);
+            assert_eq!(status(Method::GET, path, true), StatusCode::OK);
+            assert_eq!(status(Method::GET, path, false), StatusCode::FORBIDDEN);
         }
-        assert_eq!(status("/metrics", false), StatusCode::OK);
+        assert_eq!(status(Method::GET, "/metrics", false), StatusCode::OK);
         assert_eq!(
-            status("/healthz/ready", false),
+            status(Method::GET, "/healthz/ready", false),
             StatusCode::SERVICE_UNAVAILABLE
         );
-        let post = pages.answer(&Method::POST, "/metrics", true).status();
+        let post = status(Method::POST, "/metrics", true);
         assert_eq!(post, StatusCode::METHOD_NOT_ALLOWED);
-        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        assert!(same_host(ip("::ffff:127.0.0.1"), ip("127.0.0.1")));
-        assert!(same_host(ip("10.0.0.10"), ip("10.0.0.10")));
-        assert!(!same_host(ip("10.0.0.11"), ip("10.0.0.10")));
     }
 }

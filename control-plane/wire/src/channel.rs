@@ -1,13 +1,13 @@
 //! gRPC over TLS 1.3: to the controller, to any server of the mesh, and serving it.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::ServerName;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, server::TlsStream};
@@ -18,7 +18,7 @@ use tonic::{
 };
 use turnpike_certs::{InvalidBundle, TrustBundle};
 
-use crate::names::ALPN_GRPC;
+use crate::{names::ALPN_GRPC, places::Places};
 
 /// For the name, the connection and the handshake together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,8 +27,10 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A client that has not finished its handshake by then is dropped.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Handshakes at once; further clients wait in the kernel's queue.
+/// Handshakes at once; at one more [`Places`] ends one.
 const HANDSHAKES: usize = 256;
+/// Connections past their handshake that the server has not taken. At one more, handshakes wait.
+const WAITING: usize = 16;
 /// After a failed accept (no descriptors left), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -163,49 +165,51 @@ pub async fn connect(
 /// Accepts TLS connections for `tonic::transport::Server::serve_with_incoming`.
 ///
 /// Ends when the stream is dropped. Handshakes run side by side, so that a slow client keeps
-/// nobody waiting; one that fails is logged and leaves no trace in the stream.
+/// nobody waiting, nor do many; one that fails is logged and leaves no trace in the stream.
 pub fn accept_tls(
     listener: TcpListener,
     config: Arc<ServerConfig>,
 ) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
-    // Full: handshakes that are done wait here, hold their permit, and so stop the accepting.
-    let (done, incoming) = mpsc::channel(16);
+    let (done, incoming) = mpsc::channel(WAITING);
     let acceptor = TlsAcceptor::from(config);
-    let permits = Arc::new(Semaphore::new(HANDSHAKES));
     tokio::spawn(async move {
+        let mut places = Places::new(HANDSHAKES);
         loop {
-            let permit = tokio::select! {
-                permit = permits.clone().acquire_owned() => permit,
-                () = done.closed() => return,
-            };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = done.closed() => return,
             };
-            let (tcp, peer) = match accepted {
-                Ok(accepted) => accepted,
+            match accepted {
+                Ok((tcp, peer)) => {
+                    let (acceptor, done) = (acceptor.clone(), done.clone());
+                    places.take(peer.ip(), async move {
+                        if let Some(stream) = handshake(tcp, peer, &acceptor).await {
+                            let _ = done.send(Ok(stream)).await;
+                        }
+                    });
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
                 }
-            };
-            let (acceptor, done) = (acceptor.clone(), done.clone());
-            tokio::spawn(async move {
-                let _permit = permit;
-                let _ = tcp.set_nodelay(true);
-                match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
-                    Ok(Ok(stream)) => {
-                        // The server has stopped: the connection is closed with it.
-                        let _ = done.send(Ok(stream)).await;
-                    }
-                    Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
-                    Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
-                }
-            });
+            }
         }
     });
     ReceiverStream::new(incoming)
+}
+
+async fn handshake(
+    tcp: TcpStream,
+    peer: SocketAddr,
+    acceptor: &TlsAcceptor,
+) -> Option<TlsStream<TcpStream>> {
+    let _ = tcp.set_nodelay(true);
+    match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
+        Ok(Ok(stream)) => return Some(stream),
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+        Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
+    }
+    None
 }
 
 /// An error with its causes, which tonic's own text leaves out.

@@ -179,7 +179,7 @@ impl Gate {
             metrics: self.metrics.clone(),
             parts: self.parts.clone(),
         };
-        self.part("metrics", admin::serve(http, pages, tasks, stop));
+        self.part("pages", admin::serve(http, pages));
         Ok(())
     }
 
@@ -362,11 +362,15 @@ mod tests {
     async fn a_part_that_ends_is_not_well_and_ends_the_gate() {
         let dir = tempfile::tempdir().unwrap();
         let (gate, address) = gate(dir.path()).await;
-        assert!(get(address, "/healthz").await.starts_with("HTTP/1.0 200"));
+        assert!(
+            get(address, "/healthz/live")
+                .await
+                .starts_with("HTTP/1.0 200")
+        );
         gate.part("feed", async { panic!("as if there were a fault in it") });
         let ended = gate.parts.ended().await;
         assert_eq!(ended, PartEnded("feed"));
-        let answer = get(address, "/healthz").await;
+        let answer = get(address, "/healthz/live").await;
         assert!(
             answer.starts_with("HTTP/1.0 503") && answer.contains("`feed`"),
             "{answer}"

@@ -6,45 +6,25 @@
 
 use std::{
     borrow::Cow,
-    collections::VecDeque,
     fmt, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, OnceLock},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
-use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
-use http_body_util::Full;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpSocket},
     sync::watch,
-    task::{AbortHandle, JoinSet},
-    time::timeout,
 };
 use turnpike_certs::CredentialStore;
+use turnpike_wire::pages::{self, Asked, LIFE, Method, Page, StatusCode, text};
 
 use crate::{
     control::store::Store,
     telemetry::{Gauges, Telemetry},
 };
-
-/// Connections of each listener at once. At one more the oldest is closed: kubelet and Prometheus
-/// ask at once and are answered at once, so that it is one of somebody who means to be in the way.
-const CONNECTIONS: usize = 64;
-/// For a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection is closed after this, whatever it does: one that does not read its answer would
-/// keep its place for good.
-const CONNECTION_LIFE: Duration = Duration::from_secs(60);
-/// After a failed accept (no descriptors left), so that the loop does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Where each listener stands.
 #[derive(Clone, Debug)]
@@ -198,87 +178,44 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-type Answer = fn(&State, &Request<Incoming>) -> Response<Full<Bytes>>;
+type Answer = fn(&State, &Asked) -> Page;
 
 async fn listen(listener: TcpListener, state: Arc<State>, answer: Answer) {
-    let mut connections = JoinSet::new();
-    let mut oldest_first = VecDeque::new();
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let served = serve(stream, state.clone(), answer, CONNECTION_LIFE);
-                oldest_first.push_back(connections.spawn(served));
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection to the admin ports");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-        while connections.try_join_next().is_some() {}
-        oldest_first.retain(|connection: &AbortHandle| !connection.is_finished());
-        if oldest_first.len() > CONNECTIONS
-            && let Some(oldest) = oldest_first.pop_front()
-        {
-            oldest.abort();
-        }
-    }
+    let answer = move |asked| std::future::ready(answer(&state, &asked));
+    pages::serve(listener, LIFE, answer).await;
 }
 
-async fn serve(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
-    state: Arc<State>,
-    answer: Answer,
-    life: Duration,
-) {
-    let service = service_fn(move |request| {
-        let response = answer(&state, &request);
-        async move { Ok::<_, std::convert::Infallible>(response) }
-    });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        // One request each, so that nobody keeps a place from kubelet.
-        .keep_alive(false)
-        .max_buf_size(16 * 1024)
-        .serve_connection(TokioIo::new(stream), service);
-    match timeout(life, served).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "connection to an admin port ended"),
-        Err(_) => tracing::debug!("a client of an admin port did not read its answer"),
-    }
-}
-
-fn answer_ready(state: &State, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-    match (request.method(), request.uri().path()) {
+fn answer_ready(state: &State, asked: &Asked) -> Page {
+    match (&asked.method, asked.uri.path()) {
         (&Method::GET | &Method::HEAD, "/healthz/ready") => ready(state),
-        _ => plain(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
+        _ => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
     }
 }
 
-fn answer_metrics(state: &State, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-    match (request.method(), request.uri().path()) {
+fn answer_metrics(state: &State, asked: &Asked) -> Page {
+    match (&asked.method, asked.uri.path()) {
         (&Method::GET | &Method::HEAD, "/metrics" | "/stats/prometheus") => metrics(state),
-        _ => plain(
+        _ => text(
             StatusCode::NOT_FOUND,
             "here are only /metrics and /stats/prometheus\n",
         ),
     }
 }
 
-fn answer_admin(state: &State, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-    match (request.method(), request.uri().path()) {
-        (&Method::GET, "/") => plain(StatusCode::OK, HELP),
-        (&Method::GET, "/config_dump") => json(&state.store.dump()),
-        (&Method::GET, "/clusters") => plain(StatusCode::OK, state.store.clusters()),
-        (&Method::GET, "/certs") => json(&certificates(&state.credentials)),
+fn answer_admin(state: &State, asked: &Asked) -> Page {
+    match (&asked.method, asked.uri.path()) {
+        (&Method::GET, "/") => text(StatusCode::OK, HELP),
+        (&Method::GET, "/config_dump") => pages::json(&state.store.dump()),
+        (&Method::GET, "/clusters") => text(StatusCode::OK, state.store.clusters()),
+        (&Method::GET, "/certs") => pages::json(&certificates(&state.credentials)),
         (&Method::GET, "/ready") => ready(state),
         (&Method::GET, "/stats/prometheus") => metrics(state),
-        (&Method::POST, "/logging") => logging(state, request.uri().query().unwrap_or_default()),
-        (_, "/logging") => plain(
+        (&Method::POST, "/logging") => logging(state, asked.uri.query().unwrap_or_default()),
+        (_, "/logging") => text(
             StatusCode::METHOD_NOT_ALLOWED,
             "POST /logging?level=FILTER\n",
         ),
-        _ => plain(StatusCode::NOT_FOUND, HELP),
+        _ => text(StatusCode::NOT_FOUND, HELP),
     }
 }
 
@@ -290,37 +227,33 @@ GET  /ready              whether the proxy serves, else why not\n\
 GET  /stats/prometheus   metrics\n\
 POST /logging?level=F    log filter, as RUST_LOG writes it (debug, turnpike_sidecar=trace)\n";
 
-fn ready(state: &State) -> Response<Full<Bytes>> {
+fn ready(state: &State) -> Page {
     match state.unready() {
-        None => plain(StatusCode::OK, "ready\n"),
-        Some(reason) => plain(
+        None => text(StatusCode::OK, "ready\n"),
+        Some(reason) => text(
             StatusCode::SERVICE_UNAVAILABLE,
             format!("not ready: {reason}\n"),
         ),
     }
 }
 
-fn metrics(state: &State) -> Response<Full<Bytes>> {
+fn metrics(state: &State) -> Page {
     match state.telemetry.get() {
-        Some(telemetry) => respond(
-            StatusCode::OK,
-            OPENMETRICS,
-            telemetry.exposition(state.gauges()),
-        ),
-        None => respond(StatusCode::OK, OPENMETRICS, "# EOF\n"),
+        Some(telemetry) => pages::metrics(telemetry.exposition(state.gauges())),
+        None => pages::metrics("# EOF\n"),
     }
 }
 
-fn logging(state: &State, query: &str) -> Response<Full<Bytes>> {
+fn logging(state: &State, query: &str) -> Page {
     let level = query
         .split('&')
         .find_map(|pair| pair.strip_prefix("level="));
     let Some(level) = level.filter(|level| !level.is_empty()) else {
-        return plain(StatusCode::BAD_REQUEST, "POST /logging?level=FILTER\n");
+        return text(StatusCode::BAD_REQUEST, "POST /logging?level=FILTER\n");
     };
     match (state.set_level)(level) {
-        Ok(()) => plain(StatusCode::OK, format!("log filter: {level}\n")),
-        Err(error) => plain(
+        Ok(()) => text(StatusCode::OK, format!("log filter: {level}\n")),
+        Err(error) => text(
             StatusCode::BAD_REQUEST,
             format!("`{level}` is no filter: {error}\n"),
         ),
@@ -352,30 +285,8 @@ fn unix(time: SystemTime) -> u64 {
         .as_secs()
 }
 
-fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    respond(status, "text/plain; charset=utf-8", text)
-}
-
-fn json(value: &serde_json::Value) -> Response<Full<Bytes>> {
-    respond(StatusCode::OK, "application/json", format!("{value:#}\n"))
-}
-
-fn respond(
-    status: StatusCode,
-    content_type: &'static str,
-    body: impl Into<Bytes>,
-) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
-    response
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use turnpike_rules::Identity;
 
     use super::*;
@@ -398,40 +309,5 @@ mod tests {
         assert_eq!(ready(&state).status(), StatusCode::SERVICE_UNAVAILABLE);
         let why = state.unready().unwrap();
         assert!(why.starts_with("the task `discovery` has failed"), "{why}");
-    }
-
-    #[tokio::test]
-    async fn those_who_hold_connections_do_not_keep_kubelet_waiting() {
-        let listener = bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let listening = tokio::spawn(listen(listener, state(), answer_ready));
-        let connect = || tokio::net::TcpStream::connect(address);
-        let mut held = Vec::new();
-        for _ in 0..2 * CONNECTIONS {
-            held.push(connect().await.unwrap());
-        }
-        let mut probe = connect().await.unwrap();
-        let ask = b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n";
-        probe.write_all(ask).await.unwrap();
-        let mut answer = Vec::new();
-        let answered = timeout(HEAD_TIMEOUT / 5, probe.read_to_end(&mut answer)).await;
-        answered.expect("a probe's timeout is a second").unwrap();
-        assert!(answer.starts_with(b"HTTP/1.1 503"));
-        listening.abort();
-    }
-
-    #[tokio::test]
-    async fn a_client_that_does_not_read_is_let_go() {
-        let state = state();
-        // Less than the head of an answer.
-        let (mut client, server) = tokio::io::duplex(16);
-        let life = Duration::from_millis(50);
-        let serving = tokio::spawn(serve(server, state, answer_ready, life));
-        let ask = b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n";
-        client.write_all(ask).await.unwrap();
-        let patience = Duration::from_secs(30);
-        let ended = timeout(patience, serving).await;
-        ended.expect("it holds its place for good").unwrap();
-        drop(client);
     }
 }

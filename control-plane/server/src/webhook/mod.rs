@@ -27,8 +27,7 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
-    task::JoinSet,
+    sync::watch,
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
@@ -40,6 +39,7 @@ use turnpike_kubernetes::{
         review::{self, Outcome},
     },
 };
+use turnpike_wire::places::Places;
 
 pub use settings::{SettingsError, SettingsFile};
 
@@ -48,7 +48,7 @@ use crate::{metrics::Metrics, text::one_line};
 const PATH: &str = "/inject";
 /// A pod is 1.5 MiB at most, and comes once.
 const MAX_BODY: usize = 3 << 20;
-/// Connections at once; further ones wait in the kernel's queue. The API server shares a few.
+/// Connections at once; at one more [`Places`] ends one, not the API server's few.
 const CONNECTIONS: usize = 128;
 /// Calls at once in one connection.
 const STREAMS: u32 = 100;
@@ -90,40 +90,28 @@ pub async fn serve(
 ) {
     let last = later(&stop, LINGER);
     let acceptor = TlsAcceptor::from(tls);
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
-    let mut connections = JoinSet::new();
+    let mut places = Places::new(CONNECTIONS);
     loop {
         let accepted = tokio::select! {
             () = last.cancelled() => break,
-            permit = permits.clone().acquire_owned() => {
-                let Ok(permit) = permit else { break };
-                tokio::select! {
-                    () = last.cancelled() => break,
-                    accepted = listener.accept() => accepted.map(|(stream, _)| (stream, permit)),
-                }
-            }
+            accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, permit)) => {
+            Ok((stream, peer)) => {
                 let (acceptor, injector) = (acceptor.clone(), injector.clone());
                 let stop = match stop.is_cancelled() {
                     false => stop.clone(),
                     true => later(&stop, MOMENT),
                 };
-                connections.spawn(async move {
-                    let _permit = permit;
-                    connection(stream, acceptor, injector, stop).await;
-                });
+                places.take(peer.ip(), connection(stream, acceptor, injector, stop));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection for the injector");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
-        while connections.try_join_next().is_some() {}
     }
-    let drained = async { while connections.join_next().await.is_some() {} };
-    let _ = timeout(DRAIN, drained).await;
+    let _ = timeout(DRAIN, places.drained()).await;
 }
 
 /// Cancelled some time after `stop` is, or from now if it has been.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinHandle, time::timeout};
 use turnpike_rules::{ServiceKey, pod::Members, workload::Destination};
 use turnpike_wire::{
     ads::{self, ClientConfig, Handler, Subscription, Update},
@@ -421,4 +421,19 @@ async fn nothing_asked_is_no_connection() {
     drop(subscriptions);
     timeout(PATIENCE, running).await.expect("must end").unwrap();
     assert!(nothing.recv().await.is_none());
+}
+
+#[tokio::test]
+async fn those_who_begin_handshakes_and_wait_keep_nobody_out() {
+    let server = TestController::start().await;
+    let address = server.client().address;
+    let mut held = Vec::new();
+    // More than there are handshakes at once.
+    for _ in 0..300 {
+        held.push(TcpStream::connect(&address).await.unwrap());
+    }
+    let client = server.client();
+    // Before the time is up for those who hold their places.
+    let connected = timeout(Duration::from_secs(4), client.connect()).await;
+    connected.expect("they are waited for").unwrap();
 }

@@ -428,7 +428,7 @@ fn without_the_gate_there_is_no_door_and_the_record_goes_on_after_it() {
         1
     );
     eventually("it has a certificate to seal with", || {
-        world.control.issued.load(SeqCst) == 2 && world.health("/healthz").is_some()
+        world.control.issued.load(SeqCst) == 2 && world.health("/healthz/live").is_some()
     });
     assert!(world.stop_gate(), "SIGTERM ends with status 0");
     let report = world.report();

@@ -160,7 +160,7 @@ impl World {
         let mut controller = plan.controller(&control, directory.path())?;
         controller.ready(at(CONTROL, CONTROLLER_HTTP), "/healthz/ready", READY)?;
         let mut audit = plan.audit(&control)?;
-        audit.ready(at(CONTROL, AUDIT_HTTP), "/healthz", READY)?;
+        audit.ready(at(CONTROL, AUDIT_HTTP), "/healthz/live", READY)?;
 
         progress("nodes: agent and gate, warm pools of addresses");
         let mut nodes = Vec::new();
@@ -172,7 +172,7 @@ impl World {
             node.agent
                 .ready(at(loopback, AGENT_HTTP), "/healthz/ready", READY)?;
             node.gate
-                .ready(at(loopback, GATE_HTTP), "/healthz", READY)?;
+                .ready(at(loopback, GATE_HTTP), "/healthz/live", READY)?;
         }
         let world = Self {
             options,
