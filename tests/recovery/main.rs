@@ -311,7 +311,10 @@ fn the_mesh_serves_without_its_controller() {
         assert!(passes.is_some(), "a policy taken away stays in force");
         let late = cluster::client("shop", "late", "client", "node-b");
         world.start_pod(&late, true).unwrap();
-        assert_eq!(status(world, "shop", "late", WEB), "200");
+        let served = wait_for(SOON, || {
+            (status(world, "shop", "late", WEB) == "200").then_some(())
+        });
+        assert!(served.is_some(), "a pod born after the restart is served");
     });
 }
 

@@ -19,6 +19,8 @@ use turnpike_rig::{Options, World, cluster, http, wait_for};
 
 use crate::containerd::{Containerd, Request};
 
+const SOON: Duration = Duration::from_secs(10);
+
 /// Answers one request after the other with the same line.
 const SERVE: &str =
     "while true; do printf 'HTTP/1.0 200 OK\\r\\n\\r\\nboxed' | busybox nc -l -p 8080; done";
@@ -34,9 +36,7 @@ fn containerd_gives_pods_vpc_addresses() {
         )
         .unwrap();
     let runtime = Containerd::start(&world, "node-a").unwrap();
-    let ready = wait_for(Duration::from_secs(10), || {
-        runtime.network_ready().ok()?.then_some(())
-    });
+    let ready = wait_for(SOON, || runtime.network_ready().ok()?.then_some(()));
     assert!(
         ready.is_some(),
         "STATUS tells containerd that the network is ready"
@@ -68,20 +68,13 @@ fn containerd_gives_pods_vpc_addresses() {
         .exec(&container, &["ip", "-4", "addr", "show", "eth0"])
         .unwrap();
     assert!(shown.contains(&format!("{address}/32")), "{shown}");
-    let said = world
-        .exec(
-            "legacy",
-            "caller",
-            &[
-                "curl",
-                "-s",
-                "--max-time",
-                "5",
-                &format!("http://{address}:8080/"),
-            ],
-        )
-        .unwrap();
-    assert_eq!(said.out.trim(), "boxed", "{}", said.err);
+    let url = format!("http://{address}:8080/");
+    let line = ["curl", "-s", "--max-time", "5", &url];
+    let answered = wait_for(SOON, || {
+        let said = world.exec("legacy", "caller", &line).unwrap();
+        (said.out.trim() == "boxed").then_some(())
+    });
+    assert!(answered.is_some(), "{url} is not answered");
 
     runtime.remove_sandbox(&sandbox).unwrap();
     let node = &world.node("node-a").unwrap().namespace;

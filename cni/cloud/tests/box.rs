@@ -177,7 +177,14 @@ async fn an_interface_from_birth_to_death(
     assert_eq!(made.secondary.len(), 3);
     let tag = "tag:node.k8s.amazonaws.com/instance_id";
     wait(cloud, &made.id, |it| it.available).await;
-    let by_tag = cloud.interfaces(&[(tag, &instance.id)]).await.unwrap();
+    // A look may show an older world than the one before it.
+    let by_tag = loop {
+        let found = cloud.interfaces(&[(tag, &instance.id)]).await.unwrap();
+        if !found.is_empty() {
+            break found;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
     assert_eq!(by_tag.len(), 1);
 
     let attachment = surely(|| cloud.attach(&made.id, &instance.id, 1)).await;

@@ -97,7 +97,9 @@ impl Server {
         address: Option<SocketAddr>,
     ) -> (Self, Store) {
         let store = Store::open(&url(dir)).await.unwrap();
-        let any = "127.0.0.1:0".parse().unwrap();
+        // Of this process alone: one that comes back to its port must find it free.
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let any = SocketAddr::from(([127, 9, high, low], 0));
         let uploads = TcpListener::bind(address.unwrap_or(any)).await.unwrap();
         let questions = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let health = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -208,7 +208,7 @@ mod tests {
         let (mut client, server) = tokio::io::duplex(16);
         let life = Duration::from_millis(50);
         let serving = tokio::spawn(connection(server, false, life, echo));
-        client.write_all(ASK).await.unwrap();
+        let _ = client.write_all(ASK).await;
         let ended = timeout(Duration::from_secs(30), serving).await;
         ended.expect("it holds its place for good").unwrap();
         drop(client);

@@ -78,7 +78,7 @@ pub fn web_on_each(nodes: &[&str], namespace: &str, name: &str) -> Vec<Value> {
     objects
 }
 
-/// The pod of [`web`], probed in each of the three ways.
+/// The pod of [`web`], probed in each of the three ways. A busy machine may take its time to answer.
 pub fn web_pod(name: &str) -> Value {
     json!({
         "serviceAccountName": name,
@@ -91,9 +91,9 @@ pub fn web_pod(name: &str) -> Value {
         "containers": [{
             "name": "nginx", "image": NGINX, "imagePullPolicy": "Never",
             "ports": [{"name": "http", "containerPort": 8080}],
-            "startupProbe": {"tcpSocket": {"port": "http"}, "periodSeconds": 1, "failureThreshold": 60},
-            "readinessProbe": {"httpGet": {"path": "/unready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 2},
-            "livenessProbe": {"exec": {"command": ["test", "!", "-e", "/tmp/dead"]}, "periodSeconds": 2, "failureThreshold": 2},
+            "startupProbe": {"tcpSocket": {"port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 60},
+            "readinessProbe": {"httpGet": {"path": "/unready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 2},
+            "livenessProbe": {"exec": {"command": ["test", "!", "-e", "/tmp/dead"]}, "periodSeconds": 2, "timeoutSeconds": 5, "failureThreshold": 2},
             "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}, "limits": {"memory": "64Mi"}},
             "securityContext": restricted(),
         }],

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use turnpike_cluster::{Cluster, Kubectl, Said, chart, images::TAGS, workloads};
 
 use crate::{
-    kills::ours,
+    kills::{controller_replaced, ours},
     roads::web_pods,
     sidecars::{is_told, with_token},
     stage::{EFFECT, SOON, passes, passes_soon, soon},
@@ -160,7 +160,7 @@ pub(crate) fn a_wrong_image(cluster: &mut Cluster) -> Result<()> {
     let mut values = chart::values();
     values["images"] = json!({"proxy": {"tag": "none"}});
     ensure!(cluster.helm_install("upgrade", &values)?.ok, "helm upgrade");
-    kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)?;
+    controller_replaced(kubectl)?;
     let told = kubectl.apply(&pod("unlucky", |_| ())).and_then(|()| {
         soon(SOON, "events name the image", || {
             let events = kubectl.ok(&[
@@ -191,7 +191,7 @@ pub(crate) fn a_wrong_image(cluster: &mut Cluster) -> Result<()> {
         cluster.helm_install("upgrade", &values)?.ok,
         "helm upgrade back"
     );
-    kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)?;
+    controller_replaced(kubectl)?;
     told
 }
 
@@ -226,13 +226,14 @@ pub(crate) fn rights_taken_away(cluster: &mut Cluster) -> Result<()> {
     kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)
 }
 
-/// A controller that has read everything goes on when its rights end; what it cannot do then, it
-/// says. Here a team makes a namespace, which needs the mesh's root.
+/// A controller that has read everything goes on when rights of it end; what it cannot do then, it
+/// says. Here a team makes a namespace, which needs the mesh's root. It must learn of that, so the
+/// rest of its rights stay: a watch is judged anew twice a minute.
 pub(crate) fn rights_lost_while_it_runs(cluster: &mut Cluster) -> Result<()> {
     let kubectl = &cluster.kubectl;
     let (pod, _) = ours(cluster, "controller", None)?;
     let said = ["newcomer", "forbidden", "grant"];
-    let binding = taken_away(kubectl)?;
+    let rights = without_config_maps(kubectl)?;
     let made = kubectl.apply(&workloads::namespace("newcomer", true).to_string());
     let told = made.and_then(|()| {
         soon(
@@ -245,7 +246,7 @@ pub(crate) fn rights_lost_while_it_runs(cluster: &mut Cluster) -> Result<()> {
             },
         )
     });
-    kubectl.apply(&binding)?;
+    kubectl.apply(&rights)?;
     told?;
     soon(SOON, "the root is there when its rights are back", || {
         let line = ["-n", "newcomer", "get", "configmap", "turnpike-root"];
@@ -258,14 +259,31 @@ pub(crate) fn rights_lost_while_it_runs(cluster: &mut Cluster) -> Result<()> {
 
 /// The controller's rights in the whole cluster are withdrawn; what gives them back.
 fn taken_away(kubectl: &Kubectl) -> Result<String> {
-    let what = ["clusterrolebinding", "turnpike-controller"];
-    let binding = kubectl.ok(&[&["get", "-o", "json"], &what[..]].concat())?;
-    kubectl.ok(&[&["delete"], &what[..]].concat())?;
-    let mut binding: Value = serde_json::from_str(&binding)?;
-    if let Some(metadata) = binding["metadata"].as_object_mut() {
+    let binding = as_applied(kubectl, "clusterrolebinding")?;
+    kubectl.ok(&["delete", "clusterrolebinding", "turnpike-controller"])?;
+    Ok(binding.to_string())
+}
+
+/// Those to ConfigMaps alone; what gives them back.
+fn without_config_maps(kubectl: &Kubectl) -> Result<String> {
+    let role = as_applied(kubectl, "clusterrole")?;
+    let mut less = role.clone();
+    let rules = less["rules"].as_array_mut().context("its rules")?;
+    let all = rules.len();
+    rules.retain(|rule| rule["resources"] != json!(["configmaps"]));
+    ensure!(rules.len() + 1 == all, "rights of another shape: {role}");
+    kubectl.apply(&less.to_string())?;
+    Ok(role.to_string())
+}
+
+/// One of the controller's objects, as it can be applied again.
+fn as_applied(kubectl: &Kubectl, kind: &str) -> Result<Value> {
+    let object = kubectl.ok(&["get", "-o", "json", kind, "turnpike-controller"])?;
+    let mut object: Value = serde_json::from_str(&object)?;
+    if let Some(metadata) = object["metadata"].as_object_mut() {
         metadata.retain(|name, _| ["name", "labels", "annotations"].contains(&name.as_str()));
     }
-    Ok(binding.to_string())
+    Ok(object)
 }
 
 /// Signed as the cluster signs, and good but for its end.

@@ -73,6 +73,16 @@ pub(crate) fn ours(
     Ok((name_of(pod), place(pod)))
 }
 
+/// Waits until there is the new controller alone. Rolled out is not gone: while the old one drains, it may
+/// still answer for a pod.
+pub(crate) fn controller_replaced(kubectl: &Kubectl) -> Result<()> {
+    kubectl.rolled_out(chart::NAMESPACE, "deploy/turnpike-controller", SOON)?;
+    soon(SOON, "the old controller is gone", || {
+        let component = "app.kubernetes.io/component=controller";
+        Ok(kubectl.list::<Pod>(chart::NAMESPACE, component)?.len() == 1)
+    })
+}
+
 /// Kills the first process of one of our containers.
 fn kill(cluster: &Cluster, component: &str, node: Option<&str>) -> Result<()> {
     let (pod, place) = ours(cluster, component, node)?;

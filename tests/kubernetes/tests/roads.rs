@@ -153,8 +153,9 @@ fn daily_work_in(cluster: &Cluster, namespace: &str) -> Result<()> {
         "the status of an exec: {}",
         said.all()
     );
-    let log = kubectl.logs(namespace, &pod, "nginx")?;
-    ensure!(log.contains("seen"), "logs: {log}");
+    soon(EFFECT, "the line is in its log", || {
+        Ok(kubectl.logs(namespace, &pod, "nginx")?.contains("seen"))
+    })?;
     forward(cluster, namespace, &pod).context("port-forward")
 }
 

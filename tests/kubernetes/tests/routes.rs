@@ -73,8 +73,8 @@ pub(crate) fn programmed_truly(cluster: &mut Cluster) -> Result<()> {
     kubectl.apply(&route("old", &split_rule()))?;
     let (_, reason) = found(cluster, "old", "Programmed", "False")?;
     ensure!(reason == "Pending", "not programmed by reason {reason:?}");
-    // Others acknowledge it meanwhile.
-    std::thread::sleep(Duration::from_secs(5));
+    // Others acknowledge it meanwhile. Much longer, and its connection would be given up.
+    std::thread::sleep(Duration::from_secs(2));
     let (_, reason) = found_within(cluster, "old", "Programmed", "False", Duration::ZERO)?;
     ensure!(reason == "Pending", "not programmed by reason {reason:?}");
     drop(paused);

@@ -21,6 +21,7 @@ use turnpike_cluster::{
 };
 
 use crate::{
+    kills::controller_replaced,
     load::Load,
     roads::address,
     stage::{SOON, passes_soon, soon},
@@ -85,11 +86,7 @@ pub(crate) fn another_proxy(cluster: &mut Cluster) -> Result<()> {
         sidecar_image(&old).is_some_and(|image| image.ends_with(&format!(":{}", TAGS[0]))),
         "a running pod was changed"
     );
-    // Rolled out is not gone: while the old controller drains, it may still answer for a pod.
-    soon(SOON, "the old controller is gone", || {
-        let component = "app.kubernetes.io/component=controller";
-        Ok(kubectl.list::<Pod>(chart::NAMESPACE, component)?.len() == 1)
-    })?;
+    controller_replaced(kubectl)?;
     // The old client calls new servers while they take the place of the old ones.
     kubectl.ok(&["-n", MESHED, "rollout", "restart", "deploy"])?;
     for node in NODES {

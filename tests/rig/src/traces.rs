@@ -18,7 +18,7 @@ impl Traces {
     /// What is there now. What can bear a world's name (namespaces, mounts, processes, control groups, files) is
     /// looked for by it, the rest (links, rules) whole.
     pub fn of(name: &str) -> Self {
-        let rules = output("nft", &["list", "ruleset"]) + &output("ip", &["rule"]);
+        let rules = output("nft", &["--stateless", "list", "ruleset"]) + &output("ip", &["rule"]);
         let named = [
             ("namespace", list("/run/netns")),
             ("mount", lines(&read("/proc/self/mounts"))),

@@ -10,7 +10,15 @@
 
 mod settings;
 
-use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::{
@@ -60,8 +68,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// After being told to stop: the API server, whose list of endpoints is a little old, may still call, and
 /// a pod that it could not ask about would not be created.
 const LINGER: Duration = Duration::from_secs(5);
-/// For one that connects then to ask: whoever takes over is to be asked next.
-const MOMENT: Duration = Duration::from_millis(500);
+/// For a connection that has asked nothing by then. One that has is told to go: whoever takes over is to
+/// be asked next.
+const MOMENT: Duration = Duration::from_secs(2);
 /// For calls that are in flight then.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -98,11 +107,7 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, peer)) => {
-                let (acceptor, injector) = (acceptor.clone(), injector.clone());
-                let stop = match stop.is_cancelled() {
-                    false => stop.clone(),
-                    true => later(&stop, MOMENT),
-                };
+                let (acceptor, injector, stop) = (acceptor.clone(), injector.clone(), stop.clone());
                 places.take(peer.ip(), connection(stream, acceptor, injector, stop));
             }
             Err(error) => {
@@ -114,7 +119,7 @@ pub async fn serve(
     let _ = timeout(DRAIN, places.drained()).await;
 }
 
-/// Cancelled some time after `stop` is, or from now if it has been.
+/// Cancelled some time after `stop` is.
 fn later(stop: &CancellationToken, pause: Duration) -> CancellationToken {
     let later = CancellationToken::new();
     let (stop, told) = (stop.clone(), later.clone());
@@ -152,15 +157,24 @@ async fn connection(
         .keep_alive_interval(Duration::from_secs(30))
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(64 * 1024);
+    let asked = Arc::new(AtomicBool::new(false));
+    let asks = asked.clone();
     let answer = service_fn(move |request| {
+        asks.store(true, Ordering::Relaxed);
         let injector = injector.clone();
         async move { Ok::<_, Infallible>(injector.answer(request).await) }
     });
+    let told_to_go = async {
+        stop.cancelled().await;
+        if !asked.load(Ordering::Relaxed) {
+            sleep(MOMENT).await;
+        }
+    };
     let served = builder.serve_connection(TokioIo::new(stream), answer);
     let mut served = std::pin::pin!(served);
     let ended = tokio::select! {
         ended = &mut served => ended,
-        () = stop.cancelled() => {
+        () = told_to_go => {
             served.as_mut().graceful_shutdown();
             served.await
         }

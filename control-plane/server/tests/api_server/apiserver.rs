@@ -3,9 +3,10 @@
 use std::{
     fs,
     io::Write as _,
-    net::TcpListener,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU8, AtomicU16, Ordering},
     time::{Duration, Instant},
 };
 
@@ -20,8 +21,11 @@ pub(crate) struct ApiServer {
     folder: tempfile::TempDir,
     bin: PathBuf,
     pub(crate) pki: Pki,
-    port: u16,
-    etcd_port: u16,
+    /// A loopback address of its own: a port of 127.0.0.1 could be taken by whatever else runs here,
+    /// while its listener is not there.
+    pub(crate) host: Ipv4Addr,
+    /// Where the next controller's injector listens.
+    webhook_port: AtomicU16,
     etcd: Child,
     server: Option<Child>,
 }
@@ -39,27 +43,27 @@ impl ApiServer {
     pub(crate) fn start() -> Self {
         let bin = executables();
         let folder = tempfile::tempdir().unwrap();
-        let pki = Pki::new();
-        let (certificate, key) = pki.write(folder.path());
-        let (port, etcd_port) = (free_port(), free_port());
+        let (pki, host) = (Pki::new(), own_loopback());
+        let (certificate, key) = pki.write(folder.path(), host);
         let identity = format!(
             "{{client-certificate-data: {}, client-key-data: {}}}",
             STANDARD.encode(certificate),
             STANDARD.encode(key)
         );
-        let etcd = etcd(&bin, folder.path(), etcd_port);
+        let etcd = etcd(&bin, folder.path(), host);
         let mut all = Self {
             folder,
             bin,
             pki,
-            port,
-            etcd_port,
+            host,
+            webhook_port: AtomicU16::new(9443),
             etcd,
             server: None,
         };
         all.kubeconfig("admin.conf", &identity);
         // The API server finds the webhook by the name in its certificate.
-        let hosts = "127.0.0.1 localhost turnpike-controller.turnpike-system.svc\n";
+        let hosts =
+            format!("127.0.0.1 localhost\n{host} turnpike-controller.turnpike-system.svc\n");
         fs::write(all.path("hosts"), hosts).unwrap();
         all.start_server();
         all
@@ -69,18 +73,22 @@ impl ApiServer {
         self.folder.path().join(name)
     }
 
+    pub(crate) fn next_webhook_port(&self) -> u16 {
+        self.webhook_port.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// A kubeconfig for a user given by its fields.
     pub(crate) fn kubeconfig(&self, name: &str, user: &str) -> PathBuf {
         let path = self.path(name);
         let text = format!(
             "apiVersion: v1
 kind: Config
-clusters: [{{name: c, cluster: {{server: 'https://127.0.0.1:{}', certificate-authority-data: {}}}}}]
+clusters: [{{name: c, cluster: {{server: 'https://{}:6443', certificate-authority-data: {}}}}}]
 users: [{{name: u, user: {user}}}]
 contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
 current-context: c
 ",
-            self.port,
+            self.host,
             STANDARD.encode(&self.pki.certificate)
         );
         fs::write(&path, text).unwrap();
@@ -90,11 +98,11 @@ current-context: c
     pub(crate) fn start_server(&mut self) {
         let file = |name: &str| self.path(name).display().to_string();
         let flags = [
-            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
-            "--bind-address=127.0.0.1".to_owned(),
+            format!("--etcd-servers=http://{}:2379", self.host),
+            format!("--bind-address={}", self.host),
             // Nothing is sent there; it is what EndpointSlice default/kubernetes says.
             "--advertise-address=192.0.2.1".to_owned(),
-            format!("--secure-port={}", self.port),
+            "--secure-port=6443".to_owned(),
             format!("--tls-cert-file={}", file("apiserver.crt")),
             format!("--tls-private-key-file={}", file("apiserver.key")),
             format!("--client-ca-file={}", file("ca.crt")),
@@ -285,11 +293,8 @@ fn executables() -> PathBuf {
     bin
 }
 
-fn etcd(bin: &Path, folder: &Path, port: u16) -> Child {
-    let (client, peer) = (
-        format!("http://127.0.0.1:{port}"),
-        format!("http://127.0.0.1:{}", free_port()),
-    );
+fn etcd(bin: &Path, folder: &Path, host: Ipv4Addr) -> Child {
+    let (client, peer) = (format!("http://{host}:2379"), format!("http://{host}:2380"));
     command(
         &bin.join("etcd").display().to_string(),
         &folder.join("etcd.log"),
@@ -323,12 +328,12 @@ fn command(program: &str, log: &Path) -> Command {
     command
 }
 
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+fn own_loopback() -> Ipv4Addr {
+    static SERVERS: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    // Neither 127.0.x.x nor 127.255.x.x.
+    let server = SERVERS.fetch_add(1, Ordering::Relaxed) % 254 + 1;
+    Ipv4Addr::new(127, server, high, low)
 }
 
 /// Waits for something to come true.

@@ -15,12 +15,12 @@ use nix::{
 use serde_json::Value;
 use turnpike_wire::channel;
 
-use super::apiserver::{ApiServer, eventually, free_port};
+use super::apiserver::{ApiServer, eventually};
 
 pub(crate) struct Controller {
     folder: tempfile::TempDir,
     child: Option<Child>,
-    pub(crate) webhook_port: u16,
+    pub(crate) webhook: SocketAddr,
     addresses: Option<(SocketAddr, SocketAddr)>,
     kubeconfig: PathBuf,
     /// Where the log of the process that runs begins.
@@ -50,7 +50,8 @@ impl Controller {
         ];
         let token = api.kubectl(&args);
         let user = format!("{{token: {}}}", token.trim());
-        let kubeconfig = api.kubeconfig(&format!("controller-{}.conf", free_port()), &user);
+        let webhook = SocketAddr::from((api.host, api.next_webhook_port()));
+        let kubeconfig = api.kubeconfig(&format!("controller-{}.conf", webhook.port()), &user);
         fs::write(
             folder.path().join("inject.yaml"),
             "image: turnpike/proxy:1\n",
@@ -59,7 +60,7 @@ impl Controller {
         let mut controller = Self {
             folder,
             child: None,
-            webhook_port: free_port(),
+            webhook,
             addresses: None,
             kubeconfig,
             begin: 0,
@@ -93,7 +94,7 @@ impl Controller {
                 "--root-secret=turnpike-ca",
             ])
             .args(["--listen=127.0.0.1:0", "--http=127.0.0.1:0"])
-            .arg(format!("--webhook=127.0.0.1:{}", self.webhook_port))
+            .arg(format!("--webhook={}", self.webhook))
             .args(["--webhook-configuration=turnpike-injector"])
             .arg("--inject-config")
             .arg(self.path("inject.yaml"))

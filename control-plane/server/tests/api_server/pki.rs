@@ -1,6 +1,6 @@
 //! Keys and certificates of one API server.
 
-use std::{fs, path::Path};
+use std::{fs, net::Ipv4Addr, path::Path};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -35,13 +35,13 @@ impl Pki {
     }
 
     /// What kube-apiserver reads, and an administrator's certificate and key.
-    pub(crate) fn write(&self, folder: &Path) -> (String, String) {
+    pub(crate) fn write(&self, folder: &Path, host: Ipv4Addr) -> (String, String) {
         let write = |name: &str, text: &str| fs::write(folder.join(name), text).unwrap();
         write("ca.crt", &self.certificate);
         let mut server = CertificateParams::new(["kubernetes.default.svc".to_owned()]).unwrap();
         server
             .subject_alt_names
-            .push(SanType::IpAddress([127, 0, 0, 1].into()));
+            .push(SanType::IpAddress(host.into()));
         server
             .distinguished_name
             .push(DnType::CommonName, "kube-apiserver");

@@ -83,7 +83,10 @@ impl TestController {
         let files = tempfile::tempdir().unwrap();
         std::fs::write(files.path().join("root.pem"), authority.certificate_pem()).unwrap();
         std::fs::write(files.path().join("token"), format!("{TOKEN}\n")).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // Of this process alone: one that comes back to its port must find it free.
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let listener = TcpListener::bind(SocketAddr::from(([127, 9, high, low], 0))).await;
+        let listener = listener.unwrap();
         let address = listener.local_addr().unwrap();
         let script = Arc::new(Script {
             world: watch::Sender::new(World::default()),

@@ -21,7 +21,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     time::{Duration, timeout},
 };
 
@@ -95,13 +95,13 @@ pub(crate) async fn raw(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>)
     (address, connections)
 }
 
-/// A port that nobody listens on.
-pub(crate) async fn nowhere() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
+/// A port that nobody listens on, nor will: it stays taken.
+pub(crate) fn nowhere() -> SocketAddr {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let address = socket.local_addr().unwrap();
+    std::mem::forget(socket);
+    address
 }
 
 pub(crate) struct Client1(http1::SendRequest<Body>);

@@ -1,10 +1,10 @@
 //! Circuit limits, timeouts, and the end of the proxy.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use http::{Request, Response};
 use http_body_util::BodyExt;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet, time::timeout};
 use turnpike_rules::{service::Protocol, traffic::CircuitBreaker};
 
 use crate::{
@@ -12,21 +12,52 @@ use crate::{
     world::{Pair, Setup, Sidecar, Trust, web},
 };
 
-/// An application that answers when the gate opens.
-async fn gated() -> (std::net::SocketAddr, watch::Sender<bool>) {
-    let (open, gate) = watch::channel(false);
-    let address = serve(move |_: Request<hyper::body::Incoming>| {
-        let mut gate = gate.clone();
-        async move {
-            let _ = gate.wait_for(|open| *open).await;
-            Response::new(full("done"))
-        }
-    })
-    .await;
-    (address, open)
+/// An application that answers when it is told to.
+struct Gated {
+    address: SocketAddr,
+    open: watch::Sender<bool>,
+    /// Requests that have come.
+    asked: watch::Receiver<usize>,
 }
 
-fn caller(address: std::net::SocketAddr, circuit: CircuitBreaker) -> Sidecar {
+impl Gated {
+    async fn new() -> Self {
+        let (open, gate) = watch::channel(false);
+        let (ask, asked) = watch::channel(0);
+        let address = serve(move |_: Request<hyper::body::Incoming>| {
+            let mut gate = gate.clone();
+            ask.send_modify(|asked| *asked += 1);
+            async move {
+                let _ = gate.wait_for(|open| *open).await;
+                Response::new(full("done"))
+            }
+        })
+        .await;
+        Self {
+            address,
+            open,
+            asked,
+        }
+    }
+
+    async fn asked(&mut self) {
+        let asked = self.asked.wait_for(|asked| *asked > 0);
+        timeout(PATIENCE, asked).await.unwrap().unwrap();
+    }
+
+    fn open(&self) {
+        self.open.send_replace(true);
+    }
+}
+
+/// Far beyond what anything here takes: a request that is let in against the limit waits for good.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn answer(outbound: SocketAddr, path: &'static str) -> (u16, String) {
+    timeout(PATIENCE, get(outbound, path)).await.unwrap()
+}
+
+fn caller(address: SocketAddr, circuit: CircuitBreaker) -> Sidecar {
     let caller = Setup::caller().start(&Trust::new());
     let mut view = web(&[(address, None)]);
     view.service.traffic.circuit = circuit;
@@ -34,62 +65,54 @@ fn caller(address: std::net::SocketAddr, circuit: CircuitBreaker) -> Sidecar {
     caller
 }
 
-async fn in_flight(caller: &Sidecar, count: u32) {
-    while caller.plane.open_connections().1 < count {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    // The connection is open; its request follows at once.
-    tokio::time::sleep(Duration::from_millis(100)).await;
-}
-
 #[tokio::test]
 async fn requests_over_the_limit_are_answered_at_once() {
-    let (app, open) = gated().await;
+    let mut app = Gated::new().await;
     let caller = caller(
-        app,
+        app.address,
         CircuitBreaker {
             max_requests: 1,
             ..CircuitBreaker::default()
         },
     );
     let outbound = caller.outbound();
-    let first = tokio::spawn(async move { get(outbound, "/").await });
-    in_flight(&caller, 1).await;
-    let (status, body) = get(outbound, "/").await;
+    let first = tokio::spawn(answer(outbound, "/"));
+    app.asked().await;
+    let (status, body) = answer(outbound, "/").await;
     assert_eq!(status, 503);
     assert!(body.contains("limit of 1 requests"), "{body}");
     assert_eq!(caller.seen.line(0).await.flags, "UO");
-    open.send_replace(true);
+    app.open();
     assert_eq!(first.await.unwrap(), (200, "done".into()));
     assert_eq!(get(outbound, "/").await.0, 200, "its place is free again");
 }
 
 #[tokio::test]
 async fn requests_wait_for_connections_up_to_the_limit() {
-    let (app, open) = gated().await;
+    let mut app = Gated::new().await;
     let limits = CircuitBreaker {
         max_connections: 1,
         max_pending: 1,
         max_requests: 100,
     };
-    let caller = caller(app, limits);
+    let caller = caller(app.address, limits);
     let outbound = caller.outbound();
-    let first = tokio::spawn(async move { get(outbound, "/1").await });
-    in_flight(&caller, 1).await;
-    let second = tokio::spawn(async move { get(outbound, "/2").await });
-    in_flight(&caller, 2).await;
-    let (status, body) = get(outbound, "/3").await;
+    let first = tokio::spawn(answer(outbound, "/1"));
+    app.asked().await;
+    // Of these one waits, whichever comes first, and for the other there is no room.
+    let mut others = JoinSet::from_iter(["/2", "/3"].map(|path| answer(outbound, path)));
+    let (status, body) = others.join_next().await.unwrap().unwrap();
     assert_eq!(status, 503);
     assert!(body.contains("limit of 1 waiting requests"), "{body}");
-    open.send_replace(true);
+    app.open();
     assert_eq!(first.await.unwrap().0, 200);
-    assert_eq!(second.await.unwrap().0, 200);
+    assert_eq!(others.join_next().await.unwrap().unwrap().0, 200);
 }
 
 #[tokio::test]
 async fn timeouts_answer_in_the_terms_of_the_request() {
-    let (app, _open) = gated().await;
-    let pair = Pair::with(app, |view| {
+    let app = Gated::new().await;
+    let pair = Pair::with(app.address, |view| {
         view.service.traffic.timeouts.request = Some(Duration::from_millis(200));
     });
     let (status, body) = get(pair.caller.outbound(), "/").await;
@@ -113,12 +136,12 @@ async fn timeouts_answer_in_the_terms_of_the_request() {
 
 #[tokio::test]
 async fn a_try_that_takes_too_long_is_given_up_for_another() {
-    let (slow, _open) = gated().await;
+    let slow = Gated::new().await;
     let fast =
         serve(|_: Request<hyper::body::Incoming>| async { Response::new(full("fast")) }).await;
     let caller = Setup::caller().start(&Trust::new());
-    let mut view = web(&[(slow, None), (fast, None)]);
-    view.service.traffic.timeouts.per_try = Some(Duration::from_millis(200));
+    let mut view = web(&[(slow.address, None), (fast, None)]);
+    view.service.traffic.timeouts.per_try = Some(Duration::from_secs(1));
     view.service.traffic.retry.conditions.reset = true;
     caller.known.set_service(view);
     for _ in 0..10 {
@@ -127,7 +150,7 @@ async fn a_try_that_takes_too_long_is_given_up_for_another() {
 }
 
 /// Begins each response and never ends it.
-async fn endless() -> std::net::SocketAddr {
+async fn endless() -> SocketAddr {
     serve(|_: Request<hyper::body::Incoming>| async {
         let first = futures_util::stream::iter([Ok(hyper::body::Frame::data("x".into()))]);
         let endless = futures_util::StreamExt::chain(first, futures_util::stream::pending());
@@ -139,7 +162,7 @@ async fn endless() -> std::net::SocketAddr {
 #[tokio::test]
 async fn what_does_not_move_ends_with_the_idle_timeout() {
     let idle = |view: &mut turnpike_sidecar::mesh::ServiceView| {
-        view.service.traffic.timeouts.idle = Some(Duration::from_millis(300));
+        view.service.traffic.timeouts.idle = Some(Duration::from_secs(1));
     };
     let pair = Pair::with(endless().await, idle);
     let request = Request::get("/").header("host", "a").body(empty()).unwrap();
@@ -148,8 +171,8 @@ async fn what_does_not_move_ends_with_the_idle_timeout() {
     assert!(body.is_err(), "cut, not ended");
     assert_eq!(pair.caller.seen.line(0).await.flags, "SI");
 
-    let (silent, _open) = gated().await;
-    let pair = Pair::with(silent, idle);
+    let silent = Gated::new().await;
+    let pair = Pair::with(silent.address, idle);
     assert_eq!(get(pair.caller.outbound(), "/").await.0, 504);
     assert_eq!(pair.caller.seen.line(0).await.flags, "SI");
 
@@ -166,7 +189,7 @@ async fn a_response_that_never_ends_ends_with_its_timeout() {
     let app = endless().await;
     let caller = Setup::caller().start(&Trust::new());
     let mut view = web(&[(app, None)]);
-    view.service.traffic.timeouts.request = Some(Duration::from_millis(300));
+    view.service.traffic.timeouts.request = Some(Duration::from_secs(1));
     caller.known.set_service(view);
     let request = Request::get("/").header("host", "a").body(empty()).unwrap();
     let response = http1(caller.outbound()).await.send(request).await.unwrap();
@@ -184,11 +207,11 @@ async fn a_drain_waits_for_connections_that_left_http() {
     let pair = Pair::new(app);
     let mut stream = crate::http::upgraded(pair.caller.outbound()).await;
     let mut drained = tokio::spawn(pair.callee.plane.drain(Duration::from_secs(60)));
-    let pause = tokio::time::timeout(Duration::from_millis(500), &mut drained);
+    let pause = timeout(Duration::from_millis(500), &mut drained);
     assert!(pause.await.is_err(), "it is still carried");
     crate::http::converse(&mut stream, "hello").await;
     drop(stream);
-    tokio::time::timeout(Duration::from_secs(10), drained)
+    timeout(Duration::from_secs(10), drained)
         .await
         .unwrap()
         .unwrap();
@@ -212,16 +235,13 @@ where
 
 #[tokio::test]
 async fn a_drain_lets_requests_finish_and_takes_no_more() {
-    let (app, open) = gated().await;
-    let pair = Pair::with(app, |view| {
+    let mut app = Gated::new().await;
+    let pair = Pair::with(app.address, |view| {
         view.service.ports[0].protocol = Protocol::Http1;
     });
     let outbound = pair.caller.outbound();
-    let running = tokio::spawn(async move { get(outbound, "/").await });
-    while pair.callee.plane.open_connections().0 == 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let running = tokio::spawn(answer(outbound, "/"));
+    app.asked().await;
     let inbound = pair.callee.inbound();
     let drained = tokio::spawn(pair.callee.plane.drain(Duration::from_secs(20)));
     let refused = async {
@@ -229,13 +249,11 @@ async fn a_drain_lets_requests_finish_and_takes_no_more() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), refused)
-        .await
-        .unwrap();
+    timeout(Duration::from_secs(10), refused).await.unwrap();
     assert!(!drained.is_finished());
-    open.send_replace(true);
+    app.open();
     assert_eq!(running.await.unwrap(), (200, "done".into()));
-    tokio::time::timeout(Duration::from_secs(10), drained)
+    timeout(Duration::from_secs(10), drained)
         .await
         .unwrap()
         .unwrap();
@@ -250,7 +268,7 @@ async fn a_drain_closes_idle_connections_and_outlasts_none() {
     }
     let client = http2(pair.callee.inbound()).await;
     assert_eq!(client.get("/").await.0, 200);
-    tokio::time::timeout(
+    timeout(
         Duration::from_secs(10),
         pair.callee.plane.drain(Duration::from_secs(60)),
     )
@@ -269,7 +287,7 @@ async fn outbound_stays_until_the_applications_last_connection_and_is_cut_at_the
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(client.get("/").await.0, 200, "still served");
     assert_eq!(get(outbound, "/").await.0, 200, "a last call of its own");
-    tokio::time::timeout(Duration::from_secs(10), drained)
+    timeout(Duration::from_secs(10), drained)
         .await
         .unwrap()
         .unwrap();

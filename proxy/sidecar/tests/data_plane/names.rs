@@ -62,7 +62,7 @@ async fn each_end_knows_the_workload_of_the_other() {
 async fn no_request_waits_for_the_callers_name_and_none_is_counted_without_it() {
     let pair = Pair::new(app().await);
     pair.callee.known.set_workload(caller_pod("caller"));
-    let delay = Duration::from_millis(700);
+    let delay = Duration::from_secs(5);
     *pair.callee.known.delay.lock().unwrap() = delay;
     let began = std::time::Instant::now();
     for _ in 0..3 {

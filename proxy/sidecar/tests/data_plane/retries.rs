@@ -134,7 +134,7 @@ async fn a_post_that_was_sent_is_not_sent_again() {
 #[tokio::test]
 async fn what_was_never_sent_goes_elsewhere_whatever_it_is() {
     let (good, count) = app(200, "good").await;
-    let caller = caller(&[nowhere().await, good], Retry::default(), None);
+    let caller = caller(&[nowhere(), good], Retry::default(), None);
     for number in 1..=20 {
         assert_eq!(
             post(caller.outbound(), "pay").await,
@@ -148,7 +148,7 @@ async fn what_was_never_sent_goes_elsewhere_whatever_it_is() {
 async fn a_peers_application_that_is_not_up_is_passed_over() {
     let (good, count) = app(200, "good").await;
     let trust = Trust::new();
-    let starting = Setup::callee("web", nowhere().await).start(&trust);
+    let starting = Setup::callee("web", nowhere()).start(&trust);
     let running = Setup::callee("web", good).start(&trust);
     let caller = Setup::caller().start(&trust);
     let endpoints = [
@@ -212,7 +212,7 @@ async fn failing_endpoints_are_ejected_and_come_back() {
     let (good, _) = app(200, "good").await;
     let outlier = OutlierEjection {
         consecutive_failures: 3,
-        base_ejection: Duration::from_millis(400),
+        base_ejection: Duration::from_secs(3),
         ..OutlierEjection::default()
     };
     let caller = caller(&[bad, good], Retry::default(), Some(outlier));
@@ -263,7 +263,7 @@ async fn of_callers_that_give_up_the_balancer_learns_who_never_answers() {
     let caller = caller(&[silent, good], Retry::default(), None);
     let mut given_up = 0;
     for _ in 0..40 {
-        let patience = Duration::from_millis(100);
+        let patience = Duration::from_secs(1);
         let answer = tokio::time::timeout(patience, get(caller.outbound(), "/")).await;
         given_up += usize::from(answer.is_err());
     }
@@ -279,7 +279,7 @@ async fn who_lets_the_whole_requests_time_go_by_is_ejected() {
     let ((silent, asked), (good, _)) = (silent().await, app(200, "good").await);
     let caller = Setup::caller().start(&Trust::new());
     let mut view = web(&[(silent, None), (good, None)]);
-    view.service.traffic.timeouts.request = Some(Duration::from_millis(100));
+    view.service.traffic.timeouts.request = Some(Duration::from_secs(1));
     view.service.traffic.outlier = Some(OutlierEjection {
         consecutive_failures: 1,
         ..OutlierEjection::default()

@@ -114,7 +114,7 @@ async fn a_pod_that_nobody_can_be_asked_about_is_not_called_in_plaintext() {
 /// A Service at `address` whose first try is given up after a while and repeated.
 fn repeated(address: SocketAddr, account: Option<&str>) -> ServiceView {
     let mut view = web(&[(address, account)]);
-    view.service.traffic.timeouts.per_try = Some(Duration::from_millis(300));
+    view.service.traffic.timeouts.per_try = Some(Duration::from_millis(600));
     view.service.traffic.retry = Retry {
         attempts: 1,
         conditions: RetryConditions {

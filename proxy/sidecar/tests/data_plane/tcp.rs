@@ -100,7 +100,7 @@ async fn unknown_destinations_are_passed_through() {
 
 #[tokio::test]
 async fn an_unreachable_destination_fails_at_once() {
-    let nowhere = nowhere().await;
+    let nowhere = nowhere();
     let caller = Setup {
         outbound_to: nowhere,
         ..Setup::caller()

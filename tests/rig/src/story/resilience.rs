@@ -21,7 +21,7 @@ const PARALLEL: usize = 24;
 const FAILING: u32 = 40;
 const SOON: Duration = Duration::from_secs(10);
 /// Longer than an ejection lasts.
-const READMITTED: Duration = Duration::from_secs(15);
+const READMITTED: Duration = Duration::from_secs(20);
 
 /// A client run: what is called, for how long at most each time.
 struct Run {
@@ -38,7 +38,7 @@ const FLAKY: Run = Run {
 const SLOW: Run = Run {
     service: "slow",
     path: "/work?",
-    seconds: "2",
+    seconds: "4",
 };
 /// The same, to be told apart in the log.
 const EJECTED: Run = Run {
