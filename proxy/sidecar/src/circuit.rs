@@ -2,7 +2,10 @@
 
 use std::{cell::Cell, sync::Arc, time::Duration};
 
-use tokio::sync::Notify;
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
 use turnpike_rules::traffic::Timeouts;
 
 use crate::{
@@ -63,14 +66,16 @@ impl Circuit {
         self.connections.try_acquire(self.max_connections.get())
     }
 
-    /// Waits for a connection to come free, no longer than connecting may take.
-    pub(crate) async fn wait_for_connection(&self) -> Result<(), ProxyError> {
+    /// Waits until a connection may have come free, or it is time to look whether one has. After
+    /// `deadline` there is none.
+    pub(crate) async fn wait_for_connection(&self, deadline: Instant) -> Result<(), ProxyError> {
         let limit = self.max_connections.get();
-        if limit == 0 {
+        if limit == 0 || Instant::now() >= deadline {
             return Err(self.overflow("connections", limit));
         }
         // Another worker's connections do not notify this one.
-        let _ = tokio::time::timeout(LOOK_AGAIN, self.released.notified()).await;
+        let look = deadline.min(Instant::now() + LOOK_AGAIN);
+        let _ = timeout_at(look, self.released.notified()).await;
         Ok(())
     }
 }

@@ -143,11 +143,13 @@ impl Pool {
         circuit: &Rc<Circuit>,
     ) -> Result<Lease, ProxyError> {
         let pending = circuit.pending()?;
+        // To wait for one may take as long as to make one.
+        let deadline = tokio::time::Instant::now() + circuit.connect.get();
         let permit = loop {
             if let Some(permit) = circuit.try_connection() {
                 break permit;
             }
-            circuit.wait_for_connection().await?;
+            circuit.wait_for_connection(deadline).await?;
             if let Some(lease) = endpoint
                 .pool
                 .take_http1(endpoint, circuit, worker, worker.now())

@@ -368,13 +368,14 @@ impl Client {
                 return self.fail(&io::Error::other(error));
             }
         };
+        let idle = policy.timeouts.idle;
         if let Some(port) = learn {
-            learn_server_first(&self.stream, &mut server, &port).await;
+            learn_server_first(&self.stream, &mut server, &port, idle).await;
         }
         let carried = Carried {
             connection: self.connection(),
             series: endpoint.tcp_series(&*self.worker.shared.observer),
-            idle: policy.timeouts.idle,
+            idle,
             upstream: endpoint.address,
             service: endpoint.service.clone(),
             callee: endpoint.identity().cloned(),
@@ -386,8 +387,13 @@ impl Client {
 }
 
 /// Nobody had spoken by the time the connection was passed on. If the server does so first, the
-/// next connections to the port need not wait.
-async fn learn_server_first(client: &TcpStream, server: &mut crate::tls::Upstream, port: &Port) {
+/// next connections to the port need not wait. Where neither does for `idle`, that is for others to end.
+async fn learn_server_first(
+    client: &TcpStream,
+    server: &mut crate::tls::Upstream,
+    port: &Port,
+    idle: Option<Duration>,
+) {
     let crate::tls::Upstream::Plain(server) = server else {
         return;
     };
@@ -395,6 +401,7 @@ async fn learn_server_first(client: &TcpStream, server: &mut crate::tls::Upstrea
         biased;
         _ = speaks(client) => {}
         first = speaks(server) => port.server_first.set(first),
+        () = tokio::time::sleep(idle.unwrap_or(Duration::MAX)) => {}
     }
 }
 

@@ -57,10 +57,11 @@ async fn answer(outbound: SocketAddr, path: &'static str) -> (u16, String) {
     timeout(PATIENCE, get(outbound, path)).await.unwrap()
 }
 
-fn caller(address: SocketAddr, circuit: CircuitBreaker) -> Sidecar {
+fn caller(address: SocketAddr, circuit: CircuitBreaker, connect: Duration) -> Sidecar {
     let caller = Setup::caller().start(&Trust::new());
     let mut view = web(&[(address, None)]);
     view.service.traffic.circuit = circuit;
+    view.service.traffic.timeouts.connect = connect;
     caller.known.set_service(view);
     caller
 }
@@ -74,6 +75,7 @@ async fn requests_over_the_limit_are_answered_at_once() {
             max_requests: 1,
             ..CircuitBreaker::default()
         },
+        PATIENCE,
     );
     let outbound = caller.outbound();
     let first = tokio::spawn(answer(outbound, "/"));
@@ -95,7 +97,7 @@ async fn requests_wait_for_connections_up_to_the_limit() {
         max_pending: 1,
         max_requests: 100,
     };
-    let caller = caller(app.address, limits);
+    let caller = caller(app.address, limits, PATIENCE);
     let outbound = caller.outbound();
     let first = tokio::spawn(answer(outbound, "/1"));
     app.asked().await;
@@ -107,6 +109,24 @@ async fn requests_wait_for_connections_up_to_the_limit() {
     app.open();
     assert_eq!(first.await.unwrap().0, 200);
     assert_eq!(others.join_next().await.unwrap().unwrap().0, 200);
+}
+
+#[tokio::test]
+async fn nobody_waits_longer_for_a_connection_than_one_may_take_to_make() {
+    let mut app = Gated::new().await;
+    let limits = CircuitBreaker {
+        max_connections: 1,
+        ..CircuitBreaker::default()
+    };
+    let caller = caller(app.address, limits, Duration::from_secs(1));
+    let outbound = caller.outbound();
+    let first = tokio::spawn(answer(outbound, "/1"));
+    app.asked().await;
+    let (status, body) = answer(outbound, "/2").await;
+    assert_eq!(status, 503);
+    assert!(body.contains("limit of 1 connections"), "{body}");
+    app.open();
+    assert_eq!(first.await.unwrap().0, 200);
 }
 
 #[tokio::test]

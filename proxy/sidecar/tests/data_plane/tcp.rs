@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    time::timeout,
 };
 use turnpike_rules::{
     authz::{Authorization, Policy, Rule, Source, TextPattern},
@@ -80,6 +81,20 @@ async fn a_mesh_peer_that_is_slow_to_begin_is_not_taken_for_plaintext() {
     assert_eq!(to_end(&mut stream).await, "");
     callee.seen.refusal(RefusalReason::ServerName).await;
     let _ = connections;
+}
+
+/// Nor do two ends that both wait for the other hold a connection to a pod outside the mesh for good.
+#[tokio::test]
+async fn two_silent_ends_are_parted_at_the_idle_timeout() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let caller = Setup::caller().start(&Trust::new());
+    let mut view = web(&[(silent.local_addr().unwrap(), None)]);
+    view.service.traffic.timeouts.idle = Some(Duration::from_secs(1));
+    caller.known.set_service(view);
+    let mut client = TcpStream::connect(caller.outbound()).await.unwrap();
+    let patience = Duration::from_secs(30);
+    let ended = timeout(patience, to_end(&mut client)).await;
+    assert_eq!(ended.expect("nobody ends it"), "");
 }
 
 #[tokio::test]
