@@ -206,6 +206,7 @@ impl Gate {
         }
         let ads_config = ClientConfig::new(self.config.node.clone(), cluster);
         let ads_controller = controller.clone();
+        self.part("confirmation", control.clone().confirm());
         self.part("discovery", async move {
             // Dropped, it would end the client.
             let _subscriptions = subscriptions;
