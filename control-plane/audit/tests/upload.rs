@@ -176,7 +176,7 @@ async fn gate(world: &World, dir: &Path, address: SocketAddr) -> (Spool, Vec<Joi
         checkpoint_interval: Duration::from_millis(100),
         ..SpoolConfig::new(dir, "node-a")
     };
-    let (writer, spool) = Writer::open(config, credentials.clone(), metrics.clone())
+    let (writer, spool) = Writer::open(config, credentials.clone(), metrics)
         .await
         .unwrap();
     let config = UploadConfig {
@@ -187,7 +187,7 @@ async fn gate(world: &World, dir: &Path, address: SocketAddr) -> (Spool, Vec<Joi
     };
     let tasks = vec![
         tokio::spawn(writer.run(CancellationToken::new())),
-        tokio::spawn(upload(config, credentials, spool.clone(), metrics)),
+        tokio::spawn(upload(config, credentials, spool.clone())),
     ];
     (spool, tasks)
 }

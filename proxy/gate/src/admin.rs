@@ -5,12 +5,13 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use turnpike_wire::pages::{self, Asked, LIFE, Page, StatusCode, text};
 
-use crate::{metrics::Metrics, parts::Parts, state::State};
+use crate::{metrics::Metrics, parts::Parts, spool::Spool, state::State};
 
 /// What the pages are made of.
 #[derive(Clone, Debug)]
 pub struct Pages {
     pub state: State,
+    pub spool: Spool,
     pub metrics: Arc<Metrics>,
     pub parts: Parts,
 }
@@ -24,6 +25,7 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
 fn respond(path: &str, pages: &Pages) -> Page {
     let Pages {
         state,
+        spool,
         metrics,
         parts,
     } = pages;
@@ -47,9 +49,9 @@ fn respond(path: &str, pages: &Pages) -> Page {
             }
         }
         "/metrics" => {
-            metrics
-                .pods
-                .set(i64::try_from(state.view().pods()).unwrap_or(i64::MAX));
+            let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+            metrics.pods.set(count(state.view().pods() as u64));
+            metrics.unacknowledged.set(count(spool.unacknowledged()));
             let mut body = String::new();
             match prometheus_client::encoding::text::encode(&mut body, &metrics.registry) {
                 Ok(()) => pages::metrics(body),

@@ -176,6 +176,7 @@ impl Gate {
         let http = TcpListener::from_std(http)?;
         let pages = admin::Pages {
             state: self.state.clone(),
+            spool: self.spool.clone(),
             metrics: self.metrics.clone(),
             parts: self.parts.clone(),
         };
@@ -218,9 +219,7 @@ impl Gate {
         self.part("feed", feed::follow(feed_socket, owner, state, spool));
         if let Some(config) = audit {
             let (credentials, spool) = (self.credentials.clone(), self.spool.clone());
-            let metrics = self.metrics.clone();
-            let upload = upload::upload(config, credentials, spool, metrics);
-            self.part("upload", upload);
+            self.part("upload", upload::upload(config, credentials, spool));
         }
     }
 
@@ -319,7 +318,10 @@ async fn answers_before(dir: &Path) -> Result<HashMap<String, Vec<Answer>>, Stor
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use turnpike_certs::{Authority, KeyRequest, LEAF_LIFETIME, TrustBundle};
 
     use super::*;
 
@@ -333,6 +335,13 @@ mod tests {
     }
 
     async fn gate(dir: &Path) -> (Gate, std::net::SocketAddr) {
+        gate_with(dir, CredentialStore::empty()).await
+    }
+
+    async fn gate_with(
+        dir: &Path,
+        credentials: Arc<CredentialStore>,
+    ) -> (Gate, std::net::SocketAddr) {
         let listen = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let http = listen();
         let address = http.local_addr().unwrap();
@@ -344,7 +353,10 @@ mod tests {
         };
         let config = GateConfig {
             node: "node-a".into(),
-            spool: SpoolConfig::new(dir, "node-a"),
+            spool: SpoolConfig {
+                checkpoint_interval: Duration::from_secs(3600),
+                ..SpoolConfig::new(dir, "node-a")
+            },
             dns: DnsConfig {
                 upstream: "127.0.0.1:1".parse().unwrap(),
                 cluster: "127.0.0.1:1".parse().unwrap(),
@@ -354,7 +366,6 @@ mod tests {
             door: DoorConfig::default(),
             drain: Duration::from_secs(1),
         };
-        let credentials = CredentialStore::empty();
         let gate = Gate::start(config, PodLimits::default(), credentials, sockets);
         (gate.await.unwrap(), address)
     }
@@ -387,6 +398,52 @@ mod tests {
         let parts = gate.parts.clone();
         assert_eq!(gate.run(std::future::ready(())).await, Ok(()));
         assert_eq!(parts.missing(), None);
+    }
+
+    fn identity(account: &str) -> Identity {
+        Identity::new("cluster.local", "turnpike-system", account).unwrap()
+    }
+
+    fn credentials() -> Arc<CredentialStore> {
+        let (own, now) = (identity("turnpike-gate"), SystemTime::now());
+        let authority = Authority::generate("cluster.local", 10 * LEAF_LIFETIME, now).unwrap();
+        let roots = TrustBundle::from_pem(authority.certificate_pem().as_bytes()).unwrap();
+        let request = KeyRequest::new(&own).unwrap();
+        let issued = authority.sign(request.csr_pem(), &own, LEAF_LIFETIME, now);
+        let credentials = request.into_credentials(&issued.unwrap().chain, roots);
+        CredentialStore::new(credentials.unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_this_node_alone_has_is_shown_while_the_record_cannot_be_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let (gate, address) = gate_with(dir.path(), credentials()).await;
+        let nobody = "127.0.0.1:1";
+        gate.follow(Sources {
+            cluster: "cluster".into(),
+            controller: Controller {
+                address: nobody.into(),
+                server_name: "controller".into(),
+                root_file: "/none".into(),
+                token_file: "/none".into(),
+            },
+            identity: identity("turnpike-gate"),
+            feed_socket: "/none".into(),
+            audit: Some(UploadConfig {
+                address: nobody.into(),
+                identity: identity("turnpike-audit"),
+                node: "node-a".into(),
+                spool_dir: dir.path().into(),
+            }),
+        });
+        for connection in ["c-1", "c-2", "c-3"] {
+            let connection = connection.into();
+            gate.spool.record(Event::Lost { connection }).await.unwrap();
+        }
+        let page = get(address, "/metrics").await;
+        // And the restart.
+        let shown = "\nturnpike_gate_unacknowledged_entries 4\n";
+        assert!(page.contains(shown), "{page}");
     }
 
     /// As an abort from outside, or a panic in it.

@@ -136,7 +136,7 @@ impl Metrics {
         );
         registry.register(
             "unacknowledged_entries",
-            "Entries the central record does not have",
+            "Entries that this node alone has: the central record has not acknowledged them, or there is none",
             unacknowledged.clone(),
         );
         registry.register("pods", "Pods known on this node", pods.clone());

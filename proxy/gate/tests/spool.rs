@@ -327,6 +327,40 @@ async fn a_spool_without_any_room_starts_and_is_emptied() {
 }
 
 #[tokio::test]
+async fn what_was_acknowledged_is_known_to_the_next_gate() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = credentials();
+    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    assert_eq!(running.spool.unacknowledged(), 1, "the restart");
+    for n in 0..5 {
+        let denied = denied(&format!("d-{n}"));
+        running.spool.record(denied).await.unwrap();
+    }
+    running.spool.acknowledged(4);
+    assert_eq!(running.spool.unacknowledged(), 2);
+    running.stop().await;
+
+    // The checkpoint of the stop and the second restart have come to it.
+    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    assert_eq!(running.spool.unacknowledged(), 4);
+    running.stop().await;
+    // As an older gate has left it, and its central record has let it forget the first.
+    sql(dir.path(), "DELETE FROM meta WHERE name = 'acknowledged'").await;
+    sql(dir.path(), "DELETE FROM entries WHERE sequence < 4").await;
+    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    assert_eq!(running.spool.unacknowledged(), 7);
+    running.stop().await;
+}
+
+async fn sql(dir: &Path, text: &'static str) {
+    use sqlx::Connection;
+    let url = format!("sqlite:{}", dir.join("record.sqlite").display());
+    let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
+    sqlx::query(text).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_changed_file_is_found_and_a_broken_end_is_not_continued() {
     let dir = tempfile::tempdir().unwrap();
     let (store, trust) = credentials();
@@ -339,23 +373,18 @@ async fn a_changed_file_is_found_and_a_broken_end_is_not_continued() {
             .unwrap();
     }
     running.stop().await;
-    let sql = |text: &'static str| {
-        let url = format!("sqlite:{}", dir.path().join("record.sqlite").display());
-        async move {
-            use sqlx::Connection;
-            let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
-            sqlx::query(text).execute(&mut connection).await.unwrap();
-            connection.close().await.unwrap();
-        }
-    };
     sql(
+        dir.path(),
         "UPDATE entries SET body = CAST(replace(CAST(body AS TEXT), '203.0.113.10', '203.0.113.11') AS BLOB) \
          WHERE sequence = 3",
     )
     .await;
     assert!(!report(dir.path(), &trust).await.holds());
-    sql("UPDATE entries SET hash = randomblob(32) WHERE sequence = (SELECT max(sequence) FROM entries)")
-        .await;
+    sql(
+        dir.path(),
+        "UPDATE entries SET hash = randomblob(32) WHERE sequence = (SELECT max(sequence) FROM entries)",
+    )
+    .await;
     let config = SpoolConfig::new(dir.path(), "node-a");
     let result = Writer::open(config, store.clone(), Arc::default()).await;
     assert!(

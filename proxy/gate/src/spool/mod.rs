@@ -98,6 +98,8 @@ pub struct Spool {
 struct Shared {
     /// Records that found no room; they become one `gap`.
     dropped: AtomicU64,
+    /// How far the central record has the chain, as far as is known.
+    acknowledged: AtomicU64,
     boot: String,
     next_connection: AtomicU64,
     /// For refusals of nobody's packets: anybody who reaches the node can cause those.
@@ -172,9 +174,24 @@ impl Spool {
         may
     }
 
-    /// Never blocks: an acknowledgement that finds no room is repeated by the next one.
+    /// The central record has taken everything up to here, which makes room. Never blocks: an
+    /// acknowledgement that finds no room is repeated by the next one.
     pub fn acknowledged(&self, sequence: u64) {
+        self.central_at(sequence);
         let _ = self.queue.try_send(Command::Acknowledged(sequence));
+    }
+
+    /// How far the central record says that it has a chain of this node. Makes no room: whether it
+    /// is this chain shows only when it takes what follows.
+    pub fn central_at(&self, sequence: u64) {
+        self.shared.acknowledged.store(sequence, Ordering::Relaxed);
+    }
+
+    /// Entries that this node alone has. Of the time before the central record has spoken to this
+    /// gate, what was written down of it: a few too many rather than too few.
+    pub fn unacknowledged(&self) -> u64 {
+        let acknowledged = self.shared.acknowledged.load(Ordering::Relaxed);
+        self.committed.borrow().saturating_sub(acknowledged)
     }
 
     /// Sequence of the last committed entry, as it moves.

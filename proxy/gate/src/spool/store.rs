@@ -70,6 +70,8 @@ pub(super) struct Batch {
     pub(super) entries: Vec<Entry>,
     pub(super) opened: Vec<String>,
     pub(super) ended: Vec<String>,
+    /// How far the central record has the chain, where that is news.
+    pub(super) acknowledged: Option<u64>,
 }
 
 impl Store {
@@ -198,7 +200,27 @@ impl Store {
                 .execute(&mut self.connection)
                 .await?;
         }
+        if let Some(sequence) = batch.acknowledged {
+            sqlx::query(
+                "INSERT INTO meta (name, value) VALUES ('acknowledged', ?) \
+                 ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            )
+            .bind(i64::try_from(sequence).unwrap_or(i64::MAX))
+            .execute(&mut self.connection)
+            .await?;
+        }
         Ok(())
+    }
+
+    /// How far the central record had the chain at the last commit; what was removed, it had.
+    pub(super) async fn acknowledged(&mut self) -> Result<u64, StoreError> {
+        let sequence: i64 = sqlx::query_scalar(
+            "SELECT max(coalesce((SELECT value FROM meta WHERE name = 'acknowledged'), 0), \
+             coalesce((SELECT min(sequence) FROM entries), 1) - 1)",
+        )
+        .fetch_one(&mut self.connection)
+        .await?;
+        Ok(sequence.unsigned_abs())
     }
 
     /// Bytes in use; what was pruned is used again.

@@ -47,6 +47,8 @@ pub struct Writer {
     sealed: Instant,
     /// How far the spool has grown.
     level: Level,
+    /// Goes to disk with the next commit: one of its own would cost a disk sync.
+    acknowledged: Option<u64>,
 }
 
 impl std::fmt::Debug for Writer {
@@ -95,10 +97,12 @@ impl Writer {
             tracing::warn!(%error, "what the last gate left in the spool's log stays there");
         }
         let live = store.live().await?;
+        let acknowledged = store.acknowledged().await?;
         let (sender, queue) = mpsc::channel(QUEUE);
         let (committed, receiver) = watch::channel(head.sequence);
         let shared = Arc::new(Shared {
             dropped: AtomicU64::new(0),
+            acknowledged: AtomicU64::new(acknowledged),
             boot: format!("{:016x}", fastrand::u64(..)),
             next_connection: AtomicU64::new(1),
             strangers: Mutex::new(Bucket::new(10, 100)),
@@ -124,6 +128,7 @@ impl Writer {
             unsealed_since: None,
             sealed: Instant::now(),
             level: Level::All,
+            acknowledged: None,
         };
         writer.measure().await;
         writer.mark_restart(live);
@@ -211,7 +216,10 @@ impl Writer {
                         waiting.push(done);
                     }
                 }
-                Command::Acknowledged(sequence) => self.prune(sequence).await,
+                Command::Acknowledged(sequence) => {
+                    self.acknowledged = Some(sequence);
+                    self.prune(sequence).await;
+                }
             }
             next = (events.len() < BATCH)
                 .then(|| self.queue.try_recv().ok())
@@ -263,67 +271,31 @@ impl Writer {
         }
     }
 
-    /// Appends to a copy of the chain, which takes the chain's place once it is on disk.
+    /// Puts all of it on disk or none; with `seal`, what was dropped and a checkpoint too.
     async fn commit(&mut self, events: Events, seal: bool) -> Result<(), StoreError> {
-        let mut chain = self.chain.clone();
-        let mut batch = Batch::default();
-        let node = self.config.node.clone();
-        let append = |chain: &mut Chain, batch: &mut Batch, time_ms, event| {
-            match &event {
-                Event::Opened(attempt) => batch.opened.push(attempt.connection.clone()),
-                Event::Closed(closed) => batch.ended.push(closed.connection.clone()),
-                Event::Lost { connection } => batch.ended.push(connection.clone()),
-                _ => {}
-            }
-            let record = Record {
-                time_ms,
-                node: node.clone(),
-                event,
-            };
-            batch.entries.push(chain.append(record.encode()));
-        };
+        let mut draft = Draft::after(&self.chain, &self.config.node);
         for (time_ms, event) in events {
-            append(&mut chain, &mut batch, time_ms, event);
+            draft.append(time_ms, event);
         }
-        let seal =
-            seal || self.unsealed + batch.entries.len() as u64 >= self.config.checkpoint_entries;
+        let due = self.unsealed + draft.length() >= self.config.checkpoint_entries;
+        let seal = seal || due;
         let told = if seal {
-            self.shared.dropped.load(Ordering::Relaxed)
+            self.tell_dropped(&mut draft)
         } else {
             0
         };
-        if told > 0 {
-            let reason = "records beyond the queue, the disk or a pod's budget".into();
-            append(
-                &mut chain,
-                &mut batch,
-                now_ms(),
-                Event::Gap {
-                    entries: told,
-                    reason,
-                },
-            );
-        }
-        let unsealed = self.unsealed + batch.entries.len() as u64;
-        let checkpoint = if seal && unsealed > 0 {
-            self.checkpoint(&chain)
-        } else {
-            None
-        };
-        let sealed = checkpoint.is_some();
-        if let Some(checkpoint) = checkpoint {
-            append(
-                &mut chain,
-                &mut batch,
-                now_ms(),
-                Event::Checkpoint(checkpoint),
-            );
-        }
-        if batch.entries.is_empty() {
+        let unsealed = self.unsealed + draft.length();
+        let sealed = seal && unsealed > 0 && self.seal(&mut draft);
+        if draft.length() == 0 {
             return Ok(());
         }
+        let Draft {
+            chain, mut batch, ..
+        } = draft;
+        batch.acknowledged = self.acknowledged;
         let started = Instant::now();
         self.store.commit(&batch).await?;
+        self.acknowledged = None;
         self.shared
             .metrics
             .commit_seconds
@@ -343,6 +315,33 @@ impl Writer {
         self.committed.send_replace(self.chain.head().sequence);
         self.measure().await;
         Ok(())
+    }
+
+    fn tell_dropped(&self, draft: &mut Draft) -> u64 {
+        let entries = self.shared.dropped.load(Ordering::Relaxed);
+        if entries > 0 {
+            let reason = "records beyond the queue, the disk or a pod's budget".into();
+            draft.append(now_ms(), Event::Gap { entries, reason });
+        }
+        entries
+    }
+
+    /// False while there are no credentials yet: the entries stay unsealed until there are.
+    fn seal(&self, draft: &mut Draft) -> bool {
+        let Some(credentials) = self.credentials.load() else {
+            return false;
+        };
+        let head = draft.chain.head();
+        match Checkpoint::sign(&credentials, &self.config.node, &head, now_ms()) {
+            Ok(checkpoint) => {
+                draft.append(now_ms(), Event::Checkpoint(checkpoint));
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "no checkpoint");
+                false
+            }
+        }
     }
 
     /// What is on disk stays so if this fails.
@@ -378,15 +377,6 @@ impl Writer {
         }
     }
 
-    /// None while there are no credentials yet: the entries stay unsealed until there are.
-    fn checkpoint(&self, chain: &Chain) -> Option<Checkpoint> {
-        let credentials = self.credentials.load()?;
-        let signed = Checkpoint::sign(&credentials, &self.config.node, &chain.head(), now_ms());
-        signed
-            .inspect_err(|error| tracing::error!(%error, "no checkpoint"))
-            .ok()
-    }
-
     async fn prune(&mut self, acknowledged: u64) {
         // The last acknowledged entry stays: the next one follows from it.
         let keep = if self.level == Level::All && self.restart.is_empty() {
@@ -403,5 +393,41 @@ impl Writer {
         }
         self.measure().await;
         self.settle_restart().await;
+    }
+}
+
+/// A commit in the making, on a copy of the chain, which takes the chain's place once it is on disk.
+struct Draft {
+    node: String,
+    chain: Chain,
+    batch: Batch,
+}
+
+impl Draft {
+    fn after(chain: &Chain, node: &str) -> Self {
+        Self {
+            node: node.to_owned(),
+            chain: chain.clone(),
+            batch: Batch::default(),
+        }
+    }
+
+    fn append(&mut self, time_ms: i64, event: Event) {
+        match &event {
+            Event::Opened(attempt) => self.batch.opened.push(attempt.connection.clone()),
+            Event::Closed(closed) => self.batch.ended.push(closed.connection.clone()),
+            Event::Lost { connection } => self.batch.ended.push(connection.clone()),
+            _ => {}
+        }
+        let record = Record {
+            time_ms,
+            node: self.node.clone(),
+            event,
+        };
+        self.batch.entries.push(self.chain.append(record.encode()));
+    }
+
+    fn length(&self) -> u64 {
+        self.batch.entries.len() as u64
     }
 }
