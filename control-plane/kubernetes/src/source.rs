@@ -4,11 +4,12 @@ use std::fmt;
 
 use turnpike_api::{Object, ObjectKey};
 
-/// A stream of objects without end. Whatever fails underneath is retried there, and reported as an
+/// A stream of objects, without end but for a fault of its own. Whatever fails underneath is retried there, and reported as an
 /// [`Event::Rejected`] or [`Event::Impaired`] if a person must act.
 pub trait Source: Send {
-    /// Waits for the next event. Cancelling the wait loses none.
-    fn next(&mut self) -> impl Future<Output = Event> + Send;
+    /// Waits for the next event. Cancelling the wait loses none. `None`: a part of it has died; what
+    /// goes on without it would not see every change, so begin anew.
+    fn next(&mut self) -> impl Future<Output = Option<Event>> + Send;
 
     /// Where a person wrote the object that is in force. `None`: not in a file.
     fn place(&self, _object: &ObjectKey) -> Option<Place> {

@@ -68,7 +68,7 @@ enum AnySource {
 }
 
 impl Source for AnySource {
-    async fn next(&mut self) -> Event {
+    async fn next(&mut self) -> Option<Event> {
         match self {
             Self::Directory(source) => source.next().await,
             Self::Cluster(source) => source.next().await,

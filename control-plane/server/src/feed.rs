@@ -147,7 +147,7 @@ impl From<&Impairment> for Quarantined {
     }
 }
 
-/// Feeds the model for as long as it is polled.
+/// Feeds the model for as long as the source lives.
 pub async fn run(
     mut source: impl Source,
     discovery: Discovery,
@@ -164,6 +164,7 @@ pub async fn run(
     loop {
         tokio::select! {
             event = source.next() => {
+                let Some(event) = event else { return };
                 if feed.take(event) {
                     due.get_or_insert_with(|| Instant::now() + SETTLE);
                 }

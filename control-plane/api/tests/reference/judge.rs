@@ -16,7 +16,7 @@ pub(crate) fn judge(text: &str) -> Vec<String> {
         let mut refusals = Vec::new();
         let mut applied = 0;
         loop {
-            match source.next().await {
+            match source.next().await.unwrap() {
                 Event::Applied(_) => applied += 1,
                 Event::Rejected(Rejection { field, message, .. }) => {
                     // There is no earlier version here, which every message would say.

@@ -92,7 +92,10 @@ impl Watched {
                 Ok(Some(Err(error))) => {
                     let trouble = Trouble::of(&error);
                     tracing::debug!(kind = %self.kind, %error, "a watch failed");
-                    if matches!(trouble, Trouble::Absent | Trouble::Garbled) {
+                    if matches!(
+                        trouble,
+                        Trouble::Absent | Trouble::Garbled | Trouble::Outdated
+                    ) {
                         // What comes after it may be another world than what was before.
                         objects = self.objects();
                     }

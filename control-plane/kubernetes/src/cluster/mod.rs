@@ -45,7 +45,7 @@ pub struct ClusterSource {
     awaited: BTreeSet<Kind>,
     due: VecDeque<Event>,
     stores: Stores,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl ClusterSource {
             awaited: Kind::ALL.iter().copied().collect(),
             due: VecDeque::new(),
             stores,
-            _tasks: tasks,
+            tasks,
         }
     }
 
@@ -93,24 +93,51 @@ impl ClusterSource {
 }
 
 impl Source for ClusterSource {
-    async fn next(&mut self) -> Event {
+    async fn next(&mut self) -> Option<Event> {
         loop {
             if let Some(event) = self.due.pop_front() {
-                return event;
+                return Some(event);
             }
-            match self.messages.recv().await {
-                Some(Message::Event(event)) => return event,
-                Some(Message::Listed(kind)) => {
+            let message = tokio::select! {
+                message = self.messages.recv() => message,
+                // They end only after the receiver, unless one dies.
+                ended = self.tasks.join_next() => {
+                    tracing::error!(?ended, "a watch has ended");
+                    None
+                }
+            };
+            match message? {
+                Message::Event(event) => return Some(event),
+                Message::Listed(kind) => {
                     if self.awaited.remove(&kind) && self.awaited.is_empty() {
                         self.due.push_back(Event::Synced);
                     }
                 }
-                // The tasks end only after this receiver; should they have died, nothing comes.
-                None => {
-                    tracing::error!("the watches have ended; changes are not seen");
-                    std::future::pending().await
-                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_source_without_one_of_its_watches_is_at_its_end() {
+        let (sender, messages) = mpsc::channel(QUEUE);
+        let mut source = ClusterSource {
+            messages,
+            awaited: BTreeSet::from([Kind::Pod]),
+            due: VecDeque::new(),
+            stores: Stores::default(),
+            tasks: JoinSet::new(),
+        };
+        source.tasks.spawn(std::future::pending());
+        sender.send(Message::Listed(Kind::Pod)).await.unwrap();
+        assert_eq!(source.next().await, Some(Event::Synced));
+        source
+            .tasks
+            .spawn(async { panic!("as if there were a fault in it") });
+        assert_eq!(source.next().await, None);
     }
 }

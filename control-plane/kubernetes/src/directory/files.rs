@@ -74,7 +74,8 @@ impl Files {
 
     pub(super) fn look(&mut self, now: Instant) -> Look {
         let found = match list(&self.folder) {
-            Ok(found) => found,
+            Ok(Some(found)) => found,
+            Ok(None) => return Look::default(),
             Err(error) => {
                 let problem = format!(
                     "the folder cannot be read: {error}; what was read from it stays in force"
@@ -141,7 +142,8 @@ impl Known {
     }
 }
 
-fn list(folder: &Path) -> io::Result<BTreeMap<String, Stamp>> {
+/// `None`: a file went away meanwhile, and may stand under a name that was not there yet. Look again.
+fn list(folder: &Path) -> io::Result<Option<BTreeMap<String, Stamp>>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
         let Ok(name) = entry?.file_name().into_string() else {
@@ -151,12 +153,15 @@ fn list(folder: &Path) -> io::Result<BTreeMap<String, Stamp>> {
         if name.starts_with('.') || !matches!(extension, Some("yaml" | "yml" | "json")) {
             continue;
         }
-        // Gone between the two calls, or a link to nothing: as if it were not there.
-        if let Some(stamp) = stamp(&folder.join(&name)) {
-            found.insert(name, stamp);
+        let path = folder.join(&name);
+        match stamp(&path) {
+            Some(stamp) => drop(found.insert(name, stamp)),
+            None if fs::symlink_metadata(&path).is_err() => return Ok(None),
+            // No file, or a link to nothing.
+            None => {}
         }
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {
@@ -195,7 +200,29 @@ fn read(path: &Path, before: Stamp) -> Option<Content> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
     use super::*;
+
+    #[test]
+    fn a_file_under_another_name_is_not_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a.yaml", "b.yaml"].map(|name| folder.path().join(name));
+        fs::write(&a, "x").unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    fs::rename(&a, &b).unwrap();
+                    fs::rename(&b, &a).unwrap();
+                }
+            });
+            let mut looks = (0..5000).filter_map(|_| list(folder.path()).unwrap());
+            let gone = looks.any(|found| found.is_empty());
+            done.store(true, Relaxed);
+            assert!(!gone, "it stood under one of them all the time");
+        });
+    }
 
     #[test]
     fn a_change_counts_when_it_has_settled() {

@@ -67,15 +67,12 @@ impl DirectorySource {
 }
 
 impl Source for DirectorySource {
-    async fn next(&mut self) -> Event {
-        match self.events.recv().await {
-            Some(event) => event,
-            // The thread ends only after this receiver; should it have died, nothing more comes.
-            None => {
-                tracing::error!("the thread that reads the folder has ended; changes are not seen");
-                std::future::pending().await
-            }
+    async fn next(&mut self) -> Option<Event> {
+        let event = self.events.recv().await;
+        if event.is_none() {
+            tracing::error!("the thread that reads the folder has ended");
         }
+        event
     }
 
     fn place(&self, object: &ObjectKey) -> Option<Place> {

@@ -16,7 +16,7 @@ spec:
 /// The next event, as a text.
 async fn next(source: &mut DirectorySource) -> String {
     let event = timeout(Duration::from_secs(20), source.next()).await;
-    match event.expect("an event within 20 s") {
+    match event.expect("an event within 20 s").unwrap() {
         Event::Applied(object) => format!("applied {}", object.key()),
         Event::Deleted(key) => format!("deleted {key}"),
         Event::Rejected(rejection) => format!("rejected {rejection}"),
@@ -146,6 +146,7 @@ async fn a_file_in_the_middle_of_a_write_is_not_believed() {
         match timeout(Duration::from_secs(20), source.next())
             .await
             .expect("an event")
+            .unwrap()
         {
             Event::Applied(object) => {
                 let text = format!("{object:?}");
