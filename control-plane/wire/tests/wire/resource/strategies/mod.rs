@@ -1,5 +1,7 @@
 //! Any resource.
 
+mod traffic;
+
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
@@ -8,38 +10,37 @@ use turnpike_rules::{
     Identity, ServiceKey,
     authz::{Authorization, Operation, Policy, Rule, Source, TextPattern},
     egress::{EgressPolicy, EgressPort, EgressProtocol, EgressRule, HttpRules, Mode},
-    host::HostPattern,
     pod::{Capture, InboundPort, PodEgress, PodNetwork, Transport},
-    route::{
-        Backend, Filter, HeaderEdit, PathEdit, PathMatch, Redirect, Rewrite, Route, RouteMatch,
-        RouteRetry, RouteTable, RouteTimeouts, ValueMatch,
-    },
+    route::RouteTable,
     service::{
         Endpoint, EndpointShard, EndpointState, PortMapping, Protocol, Service, ServicePort,
-    },
-    traffic::{
-        Backoff, CircuitBreaker, OutlierEjection, Retry, RetryBudget, RetryConditions, Timeouts,
-        TrafficPolicy,
     },
     workload::{BackedService, MtlsMode, Names, SelfConfig, Telemetry, Workload, WorkloadPort},
 };
 use turnpike_wire::names::{self, shard as shard_name};
 
+use traffic::{host, method, path_match, route, traffic};
+
 pub(super) fn label() -> impl Strategy<Value = Arc<str>> {
     "[a-z]([a-z0-9-]{0,6}[a-z0-9])?".prop_map(Into::into)
 }
+
 pub(super) fn text() -> impl Strategy<Value = Arc<str>> {
     ".{1,12}".prop_map(Into::into)
 }
+
 pub(super) fn any_text() -> impl Strategy<Value = Arc<str>> {
     ".{0,12}".prop_map(Into::into)
 }
+
 pub(super) fn port() -> impl Strategy<Value = u16> {
     1u16..
 }
+
 pub(super) fn ms() -> impl Strategy<Value = Duration> {
     (0u64..100_000_000).prop_map(Duration::from_millis)
 }
+
 pub(super) fn key() -> impl Strategy<Value = ServiceKey> {
     (label(), label(), label()).prop_map(|(cluster, namespace, name)| ServiceKey {
         cluster,
@@ -47,16 +48,19 @@ pub(super) fn key() -> impl Strategy<Value = ServiceKey> {
         name,
     })
 }
+
 pub(super) fn identity() -> impl Strategy<Value = Identity> {
     (label(), label(), label())
         .prop_map(|(domain, ns, sa)| Identity::new(&*domain, &*ns, &*sa).unwrap())
 }
+
 pub(super) fn net() -> impl Strategy<Value = IpNet> {
     prop_oneof![
         (any::<[u8; 4]>(), 0u8..=32).prop_map(|(a, n)| IpNet::new(a.into(), n).unwrap()),
         (any::<[u8; 16]>(), 0u8..=128).prop_map(|(a, n)| IpNet::new(a.into(), n).unwrap()),
     ]
 }
+
 pub(super) fn protocol() -> impl Strategy<Value = Protocol> {
     prop_oneof![
         Just(Protocol::Detect),
@@ -66,217 +70,14 @@ pub(super) fn protocol() -> impl Strategy<Value = Protocol> {
         Just(Protocol::Tcp),
     ]
 }
+
 pub(super) fn mapping() -> impl Strategy<Value = PortMapping> {
     (port(), port()).prop_map(|(service_port, target_port)| PortMapping {
         service_port,
         target_port,
     })
 }
-pub(super) fn host() -> impl Strategy<Value = HostPattern> {
-    "(\\*\\.)?[a-z]{1,5}\\.[a-z]{2,4}".prop_map(|text| HostPattern::parse(&text).unwrap())
-}
-pub(super) fn header() -> impl Strategy<Value = Arc<str>> {
-    "[a-z][a-z0-9-]{0,8}".prop_map(Into::into)
-}
-pub(super) fn header_value() -> impl Strategy<Value = Arc<str>> {
-    "[ -~]{0,8}".prop_map(Into::into)
-}
-pub(super) fn method() -> impl Strategy<Value = Arc<str>> {
-    "[A-Z]{1,7}".prop_map(Into::into)
-}
-pub(super) fn path_match() -> impl Strategy<Value = PathMatch> {
-    prop_oneof![
-        "/[a-z/]{0,8}".prop_map(|path| PathMatch::Exact(path.into())),
-        "/[a-z]{1,4}(/[a-z]{1,3})?".prop_map(|path| PathMatch::Prefix(path.into())),
-        Just(PathMatch::default()),
-    ]
-}
-pub(super) fn value_match() -> impl Strategy<Value = ValueMatch> {
-    (header(), any_text()).prop_map(|(name, value)| ValueMatch { name, value })
-}
-pub(super) fn header_edit() -> impl Strategy<Value = HeaderEdit> {
-    let pairs = || vec((header(), header_value()), 0..3);
-    (pairs(), pairs(), vec(header(), 0..3)).prop_map(|(set, add, remove)| HeaderEdit {
-        set,
-        add,
-        remove,
-    })
-}
-pub(super) fn path_edit() -> impl Strategy<Value = PathEdit> {
-    prop_oneof![
-        any_text().prop_map(PathEdit::ReplaceFull),
-        any_text().prop_map(PathEdit::ReplacePrefix)
-    ]
-}
-pub(super) fn filter() -> impl Strategy<Value = Filter> {
-    let scheme = prop_oneof![Just("http".into()), Just("https".into())];
-    let status = prop_oneof![Just(301u16), Just(302), Just(303), Just(307), Just(308)];
-    prop_oneof![
-        header_edit().prop_map(Filter::RequestHeaders),
-        header_edit().prop_map(Filter::ResponseHeaders),
-        (
-            option::of(scheme),
-            option::of(text()),
-            option::of(port()),
-            option::of(path_edit()),
-            status
-        )
-            .prop_map(|(scheme, host, port, path, status)| {
-                Filter::Redirect(Redirect {
-                    scheme,
-                    host,
-                    port,
-                    path,
-                    status,
-                })
-            }),
-        (option::of(text()), option::of(path_edit()))
-            .prop_map(|(host, path)| Filter::Rewrite(Rewrite { host, path })),
-        (key(), port(), 0u32..=100).prop_map(|(service, port, percent)| Filter::Mirror {
-            service,
-            port,
-            percent
-        }),
-    ]
-}
-pub(super) fn conditions() -> impl Strategy<Value = RetryConditions> {
-    (
-        vec(100u16..600, 0..3),
-        any::<bool>(),
-        vec(any::<u32>(), 0..3),
-        any::<bool>(),
-    )
-        .prop_map(|(statuses, reset, grpc, non_idempotent)| RetryConditions {
-            statuses,
-            reset,
-            grpc,
-            non_idempotent,
-        })
-}
-pub(super) fn backoff() -> impl Strategy<Value = Backoff> {
-    (ms(), ms()).prop_map(|(a, b)| Backoff {
-        base: a.min(b),
-        max: a.max(b),
-    })
-}
-pub(super) fn backend() -> impl Strategy<Value = Backend> {
-    (key(), port(), any::<u32>(), vec(filter(), 0..2)).prop_map(
-        |(service, port, weight, filters)| Backend {
-            service,
-            port,
-            weight,
-            filters,
-        },
-    )
-}
-pub(super) fn route() -> impl Strategy<Value = Arc<Route>> {
-    let matches = (
-        path_match(),
-        option::of(method()),
-        vec(value_match(), 0..2),
-        vec(
-            (text(), any_text()).prop_map(|(name, value)| ValueMatch { name, value }),
-            0..2,
-        ),
-    )
-        .prop_map(|(path, method, headers, query)| RouteMatch {
-            path,
-            method,
-            headers,
-            query,
-        });
-    let retry = (any::<u32>(), conditions(), option::of(backoff())).prop_map(
-        |(attempts, conditions, backoff)| RouteRetry {
-            attempts,
-            conditions,
-            backoff,
-        },
-    );
-    (
-        (
-            text(),
-            vec(host(), 0..2),
-            matches,
-            vec(filter(), 0..3),
-            vec(backend(), 0..3),
-        ),
-        (option::of(ms()), option::of(ms()), option::of(retry)),
-    )
-        .prop_map(
-            |((name, hosts, matches, filters, backends), (request, backend_request, retry))| {
-                let timeouts = RouteTimeouts {
-                    request,
-                    backend_request,
-                };
-                Arc::new(Route {
-                    name,
-                    hosts,
-                    matches,
-                    filters,
-                    backends,
-                    timeouts,
-                    retry,
-                })
-            },
-        )
-}
-pub(super) fn traffic() -> impl Strategy<Value = TrafficPolicy> {
-    let retry = (
-        any::<u32>(),
-        conditions(),
-        0.0f64..=1000.0,
-        any::<u32>(),
-        backoff(),
-    )
-        .prop_map(
-            |(attempts, conditions, percent, min_per_second, backoff)| Retry {
-                attempts,
-                conditions,
-                budget: RetryBudget {
-                    percent,
-                    min_per_second,
-                },
-                backoff,
-            },
-        );
-    let connect = (1u64..100_000).prop_map(Duration::from_millis);
-    let timeouts = (
-        connect,
-        option::of(ms()),
-        option::of(ms()),
-        option::of(ms()),
-    )
-        .prop_map(|(connect, request, per_try, idle)| Timeouts {
-            connect,
-            request,
-            per_try,
-            idle,
-        });
-    let circuit =
-        any::<[u32; 3]>().prop_map(
-            |[max_connections, max_pending, max_requests]| CircuitBreaker {
-                max_connections,
-                max_pending,
-                max_requests,
-            },
-        );
-    let outlier = (1u32.., backoff(), 0u32..=100).prop_map(|(consecutive_failures, times, max)| {
-        OutlierEjection {
-            consecutive_failures,
-            base_ejection: times.base,
-            max_ejection: times.max,
-            max_percent: max,
-        }
-    });
-    (retry, timeouts, circuit, option::of(outlier)).prop_map(
-        |(retry, timeouts, circuit, outlier)| TrafficPolicy {
-            retry,
-            timeouts,
-            circuit,
-            outlier,
-        },
-    )
-}
+
 pub(super) fn service() -> impl Strategy<Value = Service> {
     let service_port = (port(), any_text(), protocol(), vec(route(), 0..3)).prop_map(
         |(port, name, protocol, routes)| ServicePort {
@@ -308,6 +109,7 @@ pub(super) fn service() -> impl Strategy<Value = Service> {
             }
         })
 }
+
 pub(super) fn endpoint() -> impl Strategy<Value = Endpoint> {
     (
         text(),
@@ -332,6 +134,7 @@ pub(super) fn endpoint() -> impl Strategy<Value = Endpoint> {
             },
         )
 }
+
 pub(super) fn shard() -> impl Strategy<Value = EndpointShard> {
     (key(), label(), vec(mapping(), 0..3), vec(endpoint(), 0..5)).prop_map(
         |(key, shard, ports, endpoints)| EndpointShard {
@@ -341,6 +144,7 @@ pub(super) fn shard() -> impl Strategy<Value = EndpointShard> {
         },
     )
 }
+
 /// Few, so that endpoints share them.
 pub(super) fn names() -> impl Strategy<Value = Arc<Names>> {
     let version = prop_oneof![Just(""), Just("v1"), Just("v2")];
@@ -355,9 +159,11 @@ pub(super) fn names() -> impl Strategy<Value = Arc<Names>> {
         })
     })
 }
+
 pub(super) fn workload_port() -> impl Strategy<Value = WorkloadPort> {
     (port(), protocol()).prop_map(|(port, protocol)| WorkloadPort { port, protocol })
 }
+
 pub(super) fn workload() -> impl Strategy<Value = Workload> {
     let ports = vec(workload_port(), 0..3);
     (
@@ -383,6 +189,7 @@ pub(super) fn workload() -> impl Strategy<Value = Workload> {
             },
         )
 }
+
 pub(super) fn patterns() -> impl Strategy<Value = Vec<TextPattern>> {
     let pattern = prop_oneof![
         any_text().prop_map(TextPattern::Exact),
@@ -392,6 +199,7 @@ pub(super) fn patterns() -> impl Strategy<Value = Vec<TextPattern>> {
     ];
     vec(pattern, 0..3)
 }
+
 pub(super) fn authorization() -> impl Strategy<Value = Authorization> {
     let nets = || vec(net(), 0..2);
     let source = (
@@ -438,9 +246,11 @@ pub(super) fn authorization() -> impl Strategy<Value = Authorization> {
     (vec(policy.clone(), 0..2), vec(policy, 0..2))
         .prop_map(|(deny, allow)| Authorization { deny, allow })
 }
+
 pub(super) fn mode() -> impl Strategy<Value = MtlsMode> {
     prop_oneof![Just(MtlsMode::Permissive), Just(MtlsMode::Strict)]
 }
+
 pub(super) fn self_config() -> impl Strategy<Value = SelfConfig> {
     let backed =
         (key(), vec(mapping(), 0..3)).prop_map(|(key, ports)| BackedService { key, ports });
@@ -489,6 +299,7 @@ pub(super) fn self_config() -> impl Strategy<Value = SelfConfig> {
             },
         )
 }
+
 pub(super) fn pod_network() -> impl Strategy<Value = PodNetwork> {
     let capture = (any::<u32>(), port(), port(), vec(port(), 0..3)).prop_map(
         |(proxy_uid, outbound_port, inbound_port, probe_ports)| Capture {
@@ -523,6 +334,7 @@ pub(super) fn pod_network() -> impl Strategy<Value = PodNetwork> {
             },
         )
 }
+
 pub(super) fn pod_egress() -> impl Strategy<Value = PodEgress> {
     let protocol = prop_oneof![
         Just(EgressProtocol::Tls),
