@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt;
 use tokio::{
     net::{TcpListener, UdpSocket},
     sync::mpsc,
@@ -53,6 +54,9 @@ pub struct GateConfig {
     pub spool: SpoolConfig,
     pub dns: DnsConfig,
     pub door: DoorConfig,
+    /// For the node's pods and their policies to become known at the start. Until then connections
+    /// and questions wait in the kernel's queues; after it, who is not known is refused.
+    pub patience: Duration,
     /// Connections may go on for this long after SIGTERM.
     pub drain: Duration,
 }
@@ -96,8 +100,8 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Opens the spool and serves on `sockets`. Until something is told to [`Gate::owner`], by
-    /// [`Gate::follow`] or by the caller, every pod is unknown and refused.
+    /// Opens the spool and serves on `sockets`, as soon as [`Gate::owner`] has been told all that
+    /// the verdicts need, by [`Gate::follow`] or by the caller, or after [`GateConfig::patience`].
     pub async fn start(
         config: GateConfig,
         limits: PodLimits,
@@ -147,10 +151,17 @@ impl Gate {
             metrics: self.metrics.clone(),
             tasks: self.connections.clone(),
         });
+        // A verdict on a pod that is merely not known yet would be a false one, on record.
+        let known = self.state.clone().complete(self.config.patience).shared();
         for listener in door {
             let listener = TcpListener::from_std(listener)?;
             let serving = accept::serve(listener, shared.clone(), self.stops.clone());
             let stop = self.stops.accepting.clone();
+            let (known, stopped) = (known.clone(), stop.clone());
+            let serving = async move {
+                stopped.run_until_cancelled(known).await;
+                serving.await;
+            };
             self.services
                 .spawn(self.parts.watched("door", stop, serving));
         }
@@ -165,13 +176,13 @@ impl Gate {
             let socket = UdpSocket::from_std(socket)?;
             let serving =
                 dns::server::serve_udp(socket, resolver.clone(), tasks.clone(), stop.clone());
-            self.part("DNS over UDP", serving);
+            self.part("DNS over UDP", known.clone().then(|()| serving));
         }
         for listener in dns_tcp {
             let listener = TcpListener::from_std(listener)?;
             let serving =
                 dns::server::serve_tcp(listener, resolver.clone(), tasks.clone(), stop.clone());
-            self.part("DNS over TCP", serving);
+            self.part("DNS over TCP", known.clone().then(|()| serving));
         }
         let http = TcpListener::from_std(http)?;
         let pages = admin::Pages {
@@ -364,6 +375,7 @@ mod tests {
                 search_domains: vec![],
             },
             door: DoorConfig::default(),
+            patience: Duration::from_secs(3600),
             drain: Duration::from_secs(1),
         };
         let gate = Gate::start(config, PodLimits::default(), credentials, sockets);

@@ -39,18 +39,27 @@ enum FeedError {
     Ended,
 }
 
+/// The longest pause before the next attempt. The agent is on this host and may add a pod as soon as
+/// it is back: what the pod asks before the gate has heard of it is refused.
+const RETRY_WITHIN: Duration = Duration::from_millis(300);
+
 /// Follows the feed for as long as it is polled. While the agent is away, what is known stays.
 pub async fn follow(socket: PathBuf, owner: Arc<Owner>, state: State, spool: Spool) {
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_WITHIN);
+    let mut told = String::new();
     loop {
         let mut received = false;
         let Err(error) = watch(&socket, &owner, &state, &spool, &mut received).await;
+        let why = error.to_string();
         if received {
             backoff.reset();
         }
-        let pause = backoff.next_pause();
-        tracing::warn!(%error, socket = %socket.display(), "the agent's feed is away");
-        sleep(pause).await;
+        // Not at every attempt.
+        if received || why != told {
+            tracing::warn!(error = why, socket = %socket.display(), "the agent's feed is away");
+            told = why;
+        }
+        sleep(backoff.next_pause()).await;
     }
 }
 
@@ -215,6 +224,7 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{net::UnixListener, time::timeout};
     use tokio_util::sync::CancellationToken;
     use turnpike_certs::CredentialStore;
     use turnpike_ledger::Record;
@@ -224,6 +234,23 @@ mod tests {
         spool::{Reader, SpoolConfig, Writer},
         state::PodLimits,
     };
+
+    #[tokio::test]
+    async fn an_agent_that_is_back_is_asked_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = SpoolConfig::new(dir.path(), "node-a");
+        let (_writer, spool) = Writer::open(config, CredentialStore::empty(), Arc::default())
+            .await
+            .unwrap();
+        let (owner, state) = Owner::new(PodLimits::default());
+        let socket = dir.path().join("feed.sock");
+        tokio::time::pause();
+        tokio::spawn(follow(socket.clone(), owner, state, spool));
+        sleep(Duration::from_secs(600)).await;
+        let agent = UnixListener::bind(&socket).unwrap();
+        let asked = timeout(RETRY_WITHIN + Duration::from_millis(50), agent.accept()).await;
+        asked.expect("it pauses for longer").unwrap();
+    }
 
     fn denied(source: Vec<u8>) -> FeedEvent {
         let event = feed_event::Event::Denied(Denied {

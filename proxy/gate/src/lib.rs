@@ -6,7 +6,7 @@
 //!
 //! 1. [`listen`] binds, [`privileges`] gives up what binding needed, [`app`] puts the rest together.
 //! 2. [`control`] (the controller) and [`feed`] (the node's agent) tell [`state`] who has which
-//!    address and what it may reach. Unknown is refused.
+//!    address and what it may reach. Unknown is refused; at the start it is waited for, within bounds.
 //! 3. [`dns`] answers pods within their rules, and remembers for each pod which name led where.
 //! 4. [`door`] takes their connections, reads the name they claim, holds it to rules and DNS
 //!    ledger, dials with the pod's own address, and cuts what is no longer allowed.

@@ -83,6 +83,9 @@ struct Args {
     http: SocketAddr,
     #[arg(long, env = "TURNPIKE_UID", default_value_t = 1338)]
     uid: u32,
+    /// Seconds that door and DNS wait at the start for the node's pods and their policies
+    #[arg(long, env = "TURNPIKE_START_SECONDS", default_value_t = 5)]
+    start_seconds: u64,
     /// Seconds that connections may go on for after SIGTERM
     #[arg(long, env = "TURNPIKE_DRAIN_SECONDS", default_value_t = 20)]
     drain_seconds: u64,
@@ -160,6 +163,7 @@ async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
             search_domains: args.search_domains,
         },
         door: DoorConfig::default(),
+        patience: Duration::from_secs(args.start_seconds),
         drain: Duration::from_secs(args.drain_seconds),
     };
     let sources = Sources {
@@ -185,7 +189,7 @@ async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
     let credentials: Arc<CredentialStore> = CredentialStore::empty();
     let gate = Gate::start(config, PodLimits::default(), credentials, sockets).await?;
     gate.follow(sources);
-    tracing::info!("the gate is open");
+    tracing::info!("the gate has started");
     let asked = async {
         tokio::select! {
             _ = terminate.recv() => {}

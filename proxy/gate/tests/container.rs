@@ -64,7 +64,7 @@ fn start(namespace: &Namespace, folder: &Path, capabilities: &[&str]) -> Child {
             ])
             .arg("--spool-dir")
             .arg(folder.join("spool"))
-            .arg("--drain-seconds=0")
+            .args(["--start-seconds=1", "--drain-seconds=0"])
             .stderr(Stdio::piped())
             .spawn()
             .unwrap()

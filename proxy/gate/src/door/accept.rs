@@ -47,8 +47,9 @@ pub async fn serve(listener: TcpListener, door: Arc<Door>, stops: Stops) {
             return;
         };
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            biased;
             () = stops.accepting.cancelled() => return,
+            accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, source)) => {

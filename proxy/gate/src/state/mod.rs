@@ -9,12 +9,13 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use turnpike_ledger::record;
 use turnpike_rules::pod::{Members, PodEgress};
 
@@ -121,6 +122,12 @@ impl View {
         self.feed_synced && self.policies_known
     }
 
+    /// Ready, and the policy of each pod that the agent knows to be selected has come.
+    pub fn complete(&self) -> bool {
+        let waits = |pod: &Arc<Pod>| matches!(self.standing_of(pod.clone()), Standing::NoPolicy(_));
+        self.ready() && !self.pods.values().any(waits)
+    }
+
     pub fn pods(&self) -> usize {
         self.pods
             .values()
@@ -175,6 +182,19 @@ pub struct State {
 impl State {
     pub fn view(&self) -> Arc<View> {
         self.view.load_full()
+    }
+
+    /// Returns once the view is complete, or after `patience`: one policy that never comes must
+    /// not keep all pods waiting.
+    pub async fn complete(self, patience: Duration) {
+        let mut changes = self.changes();
+        let complete = changes.wait_for(|_| self.view().complete());
+        if timeout(patience, complete).await.is_err() {
+            tracing::warn!(
+                ?patience,
+                "not all pods of the node and their policies are known: the others are refused"
+            );
+        }
     }
 
     /// Changes each time a new view is published.

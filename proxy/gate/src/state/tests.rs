@@ -152,3 +152,32 @@ fn a_feed_that_begins_anew_forgets_what_it_does_not_repeat() {
         "its DNS ledger is kept"
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_start_waits_for_all_that_verdicts_need_and_not_for_ever() {
+    let patience = Duration::from_secs(5);
+    let (owner, state) = Owner::new(PodLimits::default());
+    let started = tokio::time::Instant::now();
+    let mut complete = Box::pin(state.clone().complete(patience));
+    owner.apply(Change::PodAdded(info("u1", "c1", "10.0.1.5")));
+    owner.apply(Change::FeedSynced);
+    owner.apply(Change::PoliciesKnown);
+    let early = timeout(patience / 2, &mut complete).await;
+    early.expect_err("the pod's policy has not come");
+    owner.apply(Change::Policies {
+        added: vec![egress("u1")],
+        removed: vec![],
+    });
+    complete.await;
+    assert!(started.elapsed() < patience);
+    // A pod without a policy asks for none.
+    owner.apply(Change::PodAdded(PodInfo {
+        selected: false,
+        ..info("u2", "c2", "10.0.1.6")
+    }));
+    assert!(state.view().complete());
+
+    let (_owner, state) = Owner::new(PodLimits::default());
+    let bounded = timeout(2 * patience, state.complete(patience)).await;
+    bounded.expect("it waits for ever");
+}

@@ -56,6 +56,7 @@ pub(crate) struct Control {
     pub(crate) issued: Arc<AtomicUsize>,
     egress: watch::Sender<Vec<PodEgress>>,
     pods: watch::Sender<Vec<LocalPod>>,
+    agent_away: watch::Sender<bool>,
 }
 
 pub(crate) fn identity(account: &str) -> Identity {
@@ -74,6 +75,7 @@ impl Control {
             issued: Arc::default(),
             egress,
             pods,
+            agent_away: watch::Sender::new(false),
         }
     }
 
@@ -83,6 +85,11 @@ impl Control {
 
     pub(crate) fn set_pods(&self, pods: Vec<LocalPod>) {
         self.pods.send_replace(pods);
+    }
+
+    /// Whoever follows the feed goes on; nobody begins to.
+    pub(crate) fn set_agent_away(&self, away: bool) {
+        self.agent_away.send_replace(away);
     }
 
     /// Serves discovery and certificates on `listener`, the feed on `socket`.
@@ -117,7 +124,10 @@ impl Control {
         tokio::spawn(async move { controller.await.unwrap() });
         let listener = tokio::net::UnixListener::bind(socket).unwrap();
         let agent = Server::builder()
-            .add_service(FeedServer::new(Agent(self.pods.clone())))
+            .add_service(FeedServer::new(Agent {
+                pods: self.pods.clone(),
+                away: self.agent_away.clone(),
+            }))
             .serve_with_incoming(UnixListenerStream::new(listener));
         tokio::spawn(async move { agent.await.unwrap() });
     }
@@ -215,7 +225,10 @@ impl IstioCertificateService for Ca {
     }
 }
 
-struct Agent(watch::Sender<Vec<LocalPod>>);
+struct Agent {
+    pods: watch::Sender<Vec<LocalPod>>,
+    away: watch::Sender<bool>,
+}
 
 #[tonic::async_trait]
 impl Feed for Agent {
@@ -225,7 +238,10 @@ impl Feed for Agent {
         &self,
         _: Request<WatchRequest>,
     ) -> Result<Response<Answers<FeedEvent>>, Status> {
-        let mut pods = self.0.subscribe();
+        if *self.away.borrow() {
+            return Err(Status::unavailable("the agent is away"));
+        }
+        let mut pods = self.pods.subscribe();
         let (events, stream) = mpsc::channel(64);
         tokio::spawn(async move {
             let mut known = pods.borrow_and_update().clone();

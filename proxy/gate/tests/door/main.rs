@@ -7,6 +7,7 @@ mod ends;
 mod flows;
 mod namespace;
 mod outside;
+mod start;
 mod world;
 
 use std::{

@@ -281,7 +281,7 @@ pub(crate) fn ask(
         let socket = UdpSocket::bind(local).unwrap();
         socket.connect(server).unwrap();
         socket
-            .set_read_timeout(Some(Duration::from_secs(5)))
+            .set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
         let mut query = Message::query();
         let name = Name::from_ascii(format!("{name}.")).unwrap();

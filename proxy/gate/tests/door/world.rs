@@ -193,6 +193,15 @@ impl World {
     }
 
     pub(crate) fn start_gate_with(&mut self, arguments: &[&str]) {
+        self.begin_gate(arguments);
+        eventually("the gate is ready", || {
+            self.health("/healthz/ready")
+                .is_some_and(|answer| answer.contains(" 200 "))
+        });
+    }
+
+    /// Its sockets are bound; what it knows is another question.
+    pub(crate) fn begin_gate(&mut self, arguments: &[&str]) {
         let path = |name: &str| self.dir.path().join(name);
         let mut command = Command::new(env!("CARGO_BIN_EXE_turnpike-gate"));
         command
@@ -215,8 +224,8 @@ impl World {
             .args(arguments)
             .stdin(Stdio::null());
         self.gate = Some(self.node.run(|| command.spawn().unwrap()));
-        eventually("the gate is ready", || {
-            self.health("/healthz/ready")
+        eventually("the gate serves", || {
+            self.health("/healthz/live")
                 .is_some_and(|answer| answer.contains(" 200 "))
         });
     }
