@@ -1,10 +1,10 @@
 //! Workloads of other kinds: a Job ends, a StatefulSet is reached by its pods' names, a pod without
-//! a sidecar lives beside those with one.
+//! a sidecar lives beside those with one. Under STRICT, where it is about who has an identity.
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
-use serde_json::json;
-use turnpike_cluster::{Cluster, workloads};
+use serde_json::{Value, json};
+use turnpike_cluster::{Cluster, Kubectl, workloads};
 
 use crate::{
     roads::{address, web_pods},
@@ -15,6 +15,7 @@ const NAMESPACE: &str = "kinds";
 
 pub(crate) fn jobs_end(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
+    strict(&cluster.kubectl, "http://web/")?;
     // It calls the mesh, and ends; the sidecar must not keep it.
     let mut container = workloads::caller(&["curl", "-sf", "--max-time", "20", "http://web/"]);
     container["name"] = "work".into();
@@ -47,18 +48,52 @@ pub(crate) fn jobs_end(cluster: &mut Cluster) -> Result<()> {
         phase.as_deref() == Some("Succeeded"),
         "its pod is {phase:?}"
     );
-    Ok(())
+    permissive(&cluster.kubectl)
 }
 
 fn cast(cluster: &Cluster) -> Result<()> {
     let mut objects = vec![workloads::namespace(NAMESPACE, true)];
     objects.extend(workloads::web(NAMESPACE, "web", 1));
     objects.extend(workloads::client(NAMESPACE, "client", "client", "node-b"));
+    objects.extend(outsider());
     cluster.kubectl.apply(&workloads::list(&objects))?;
     cluster.kubectl.rolled_out(NAMESPACE, "deploy/web", SOON)?;
-    cluster
-        .kubectl
-        .wait(NAMESPACE, "pod/client", "condition=Ready", SOON)
+    for pod in ["pod/client", "pod/out"] {
+        cluster
+            .kubectl
+            .wait(NAMESPACE, pod, "condition=Ready", SOON)?;
+    }
+    Ok(())
+}
+
+/// A client and a server in one pod, `out`, which has no sidecar.
+fn outsider() -> Vec<Value> {
+    let mut objects = workloads::client(NAMESPACE, "out", "out", "node-a");
+    if let Some(pod) = objects.last_mut() {
+        pod["metadata"]["labels"]["turnpike.dev/inject"] = "disabled".into();
+        let server = workloads::web_pod("out")["containers"][0].take();
+        if let Some(containers) = pod["spec"]["containers"].as_array_mut() {
+            containers.push(server);
+        }
+    }
+    objects
+}
+
+/// From now on nobody without an identity is served, as whoever asks `url` without one finds.
+fn strict(kubectl: &Kubectl, url: &str) -> Result<()> {
+    let strict = json!({
+        "apiVersion": "turnpike.dev/v1alpha1", "kind": "PeerAuthentication",
+        "metadata": {"name": "all", "namespace": NAMESPACE}, "spec": {"mtls": {"mode": "STRICT"}},
+    });
+    kubectl.apply(&strict.to_string())?;
+    soon(EFFECT, "STRICT refuses a pod without a sidecar", || {
+        refused(kubectl, NAMESPACE, "out", &[url]).map(|()| true)
+    })
+}
+
+fn permissive(kubectl: &Kubectl) -> Result<()> {
+    kubectl.ok(&["-n", NAMESPACE, "delete", "peerauthentication", "all"])?;
+    passes_soon(kubectl, NAMESPACE, "out", "http://web/")
 }
 
 pub(crate) fn stateful_sets(cluster: &mut Cluster) -> Result<()> {
@@ -80,8 +115,10 @@ pub(crate) fn stateful_sets(cluster: &mut Cluster) -> Result<()> {
     });
     cluster.kubectl.apply(&workloads::list(&[headless, set]))?;
     cluster.kubectl.rolled_out(NAMESPACE, "sts/db", SOON)?;
+    let of = |pod: &str| format!("http://{pod}.db.{NAMESPACE}.svc.cluster.local:8080/");
+    strict(&cluster.kubectl, &of("db-0"))?;
     for pod in ["db-0", "db-1"] {
-        let url = format!("http://{pod}.db.{NAMESPACE}.svc.cluster.local:8080/");
+        let url = of(pod);
         passes_soon(&cluster.kubectl, NAMESPACE, "client", &url)?;
         for _ in 0..5 {
             let said = cluster.kubectl.exec(
@@ -95,24 +132,14 @@ pub(crate) fn stateful_sets(cluster: &mut Cluster) -> Result<()> {
                 said.all()
             );
         }
+        refused(&cluster.kubectl, NAMESPACE, "out", &[&url])?;
     }
-    Ok(())
+    permissive(&cluster.kubectl)
 }
 
 pub(crate) fn beside_the_mesh(cluster: &mut Cluster) -> Result<()> {
     cast(cluster)?;
     let kubectl = &cluster.kubectl;
-    // A client and a server in one pod.
-    let mut objects = workloads::client(NAMESPACE, "out", "out", "node-a");
-    if let Some(pod) = objects.last_mut() {
-        pod["metadata"]["labels"]["turnpike.dev/inject"] = "disabled".into();
-        let server = workloads::web_pod("out")["containers"][0].take();
-        if let Some(containers) = pod["spec"]["containers"].as_array_mut() {
-            containers.push(server);
-        }
-    }
-    kubectl.apply(&workloads::list(&objects))?;
-    kubectl.wait(NAMESPACE, "pod/out", "condition=Ready", SOON)?;
     let out: Pod = kubectl.get(NAMESPACE, "out")?;
     let sidecars = out
         .spec
@@ -124,14 +151,7 @@ pub(crate) fn beside_the_mesh(cluster: &mut Cluster) -> Result<()> {
     passes_soon(kubectl, NAMESPACE, "client", &to_it)?;
     passes_soon(kubectl, NAMESPACE, "out", from_it)?;
 
-    let strict = json!({
-        "apiVersion": "turnpike.dev/v1alpha1", "kind": "PeerAuthentication",
-        "metadata": {"name": "all", "namespace": NAMESPACE}, "spec": {"mtls": {"mode": "STRICT"}},
-    });
-    kubectl.apply(&strict.to_string())?;
-    soon(EFFECT, "STRICT refuses a pod without a sidecar", || {
-        refused(kubectl, NAMESPACE, "out", &[from_it]).map(|()| true)
-    })?;
+    strict(kubectl, from_it)?;
     let direct = format!(
         "http://{}:8080/",
         address(web_pods(cluster, NAMESPACE)?.first().context("a pod")?)?
@@ -140,6 +160,5 @@ pub(crate) fn beside_the_mesh(cluster: &mut Cluster) -> Result<()> {
     // STRICT is about who calls: what calls out is as before.
     passes_soon(kubectl, NAMESPACE, "client", &to_it)?;
     passes_soon(kubectl, NAMESPACE, "client", from_it)?;
-    kubectl.ok(&["-n", NAMESPACE, "delete", "peerauthentication", "all"])?;
-    passes_soon(kubectl, NAMESPACE, "out", from_it)
+    permissive(kubectl)
 }
