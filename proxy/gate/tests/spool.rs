@@ -3,18 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
 
 use std::{
-    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use sqlx::{Connection, SqliteConnection};
+use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use turnpike_certs::{Authority, CredentialStore, KeyRequest, LEAF_LIFETIME, TrustBundle};
-use turnpike_gate::{
-    metrics::Metrics,
-    spool::{NotRecorded, Reader, Spool, SpoolConfig, StoreError, Writer, now_ms},
-};
+use turnpike_gate::spool::{NotRecorded, Reader, Spool, SpoolConfig, StoreError, Writer, now_ms};
 use turnpike_ledger::{
     Entry, Event, Record, Report, Trust,
     record::{Attempt, Closed, End, Protocol, Verdict},
@@ -23,19 +21,84 @@ use turnpike_ledger::{
 
 const GATE: &str = "spiffe://cluster.local/ns/turnpike-system/sa/turnpike-gate";
 
-fn credentials() -> (Arc<CredentialStore>, Trust) {
-    let now = SystemTime::now();
-    let authority = Authority::generate("cluster.local", 10 * LEAF_LIFETIME, now).unwrap();
-    let roots = TrustBundle::from_pem(authority.certificate_pem().as_bytes()).unwrap();
-    let signer = GATE.parse().unwrap();
-    let request = KeyRequest::new(&signer).unwrap();
-    let issued = authority
-        .sign(request.csr_pem(), &signer, LEAF_LIFETIME, now)
-        .unwrap();
-    let credentials = request
-        .into_credentials(&issued.chain, roots.clone())
-        .unwrap();
-    (CredentialStore::new(credentials), Trust { roots, signer })
+/// A node's disk, and who may seal what is on it.
+struct Disk {
+    dir: TempDir,
+    credentials: Arc<CredentialStore>,
+    trust: Trust,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let now = SystemTime::now();
+        let authority = Authority::generate("cluster.local", 10 * LEAF_LIFETIME, now).unwrap();
+        let roots = TrustBundle::from_pem(authority.certificate_pem().as_bytes()).unwrap();
+        let signer = GATE.parse().unwrap();
+        let request = KeyRequest::new(&signer).unwrap();
+        let issued = authority
+            .sign(request.csr_pem(), &signer, LEAF_LIFETIME, now)
+            .unwrap();
+        let credentials = request
+            .into_credentials(&issued.chain, roots.clone())
+            .unwrap();
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            credentials: CredentialStore::new(credentials),
+            trust: Trust { roots, signer },
+        }
+    }
+
+    fn config(&self) -> SpoolConfig {
+        SpoolConfig::new(self.dir.path(), "node-a")
+    }
+
+    fn small(&self, max_bytes: u64) -> SpoolConfig {
+        SpoolConfig {
+            max_bytes,
+            ..self.config()
+        }
+    }
+
+    async fn start(&self) -> Running {
+        self.start_with(self.config()).await
+    }
+
+    async fn start_with(&self, config: SpoolConfig) -> Running {
+        let (writer, spool) = self.open(config).await.unwrap();
+        let cancel = CancellationToken::new();
+        let task = tokio::spawn(writer.run(cancel.clone()));
+        Running {
+            spool,
+            cancel,
+            task,
+        }
+    }
+
+    async fn open(&self, config: SpoolConfig) -> Result<(Writer, Spool), StoreError> {
+        Writer::open(config, self.credentials.clone(), Arc::default()).await
+    }
+
+    async fn entries(&self) -> Vec<Entry> {
+        let mut reader = Reader::open(self.dir.path()).await.unwrap();
+        reader.after(0, 1_000_000).await.unwrap()
+    }
+
+    async fn events(&self) -> Vec<Event> {
+        let decode = |entry: &Entry| Record::decode(&entry.body).unwrap().event;
+        self.entries().await.iter().map(decode).collect()
+    }
+
+    async fn report(&self) -> Report {
+        verify("node-a", &self.entries().await, &self.trust, None, now_ms())
+    }
+
+    /// On the file, with no gate running.
+    async fn sql(&self, text: &'static str) {
+        let url = format!("sqlite:{}", self.dir.path().join("record.sqlite").display());
+        let mut connection = SqliteConnection::connect(&url).await.unwrap();
+        sqlx::query(text).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+    }
 }
 
 struct Running {
@@ -44,19 +107,17 @@ struct Running {
     task: JoinHandle<()>,
 }
 
-async fn start(config: SpoolConfig, store: &Arc<CredentialStore>) -> Running {
-    let metrics = Arc::new(Metrics::default());
-    let (writer, spool) = Writer::open(config, store.clone(), metrics).await.unwrap();
-    let cancel = CancellationToken::new();
-    let task = tokio::spawn(writer.run(cancel.clone()));
-    Running {
-        spool,
-        cancel,
-        task,
-    }
-}
-
 impl Running {
+    async fn record(&self, event: Event) {
+        self.spool.record(event).await.unwrap();
+    }
+
+    /// Dropped where it stands, as a kill leaves it: no checkpoint, no farewell.
+    async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+
     async fn stop(self) {
         self.cancel.cancel();
         self.task.await.unwrap();
@@ -94,31 +155,10 @@ fn closed(connection: &str) -> Event {
     })
 }
 
-async fn entries(dir: &Path) -> Vec<Entry> {
-    Reader::open(dir)
-        .await
-        .unwrap()
-        .after(0, 1_000_000)
-        .await
-        .unwrap()
-}
-
-fn events(entries: &[Entry]) -> Vec<Event> {
-    entries
-        .iter()
-        .map(|entry| Record::decode(&entry.body).unwrap().event)
-        .collect()
-}
-
-async fn report(dir: &Path, trust: &Trust) -> Report {
-    verify("node-a", &entries(dir).await, trust, None, now_ms())
-}
-
 #[tokio::test]
 async fn many_writers_make_one_chain_that_verifies() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, trust) = credentials();
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    let disk = Disk::new();
+    let running = disk.start().await;
     let writers: Vec<_> = (0..200)
         .map(|n| {
             let spool = running.spool.clone();
@@ -134,7 +174,7 @@ async fn many_writers_make_one_chain_that_verifies() {
         writer.await.unwrap();
     }
     running.stop().await;
-    let report = report(dir.path(), &trust).await;
+    let report = disk.report().await;
     assert!(report.holds(), "{:?}", report.problems);
     assert_eq!(
         report.unsealed(),
@@ -146,20 +186,16 @@ async fn many_writers_make_one_chain_that_verifies() {
 
 #[tokio::test]
 async fn a_crash_is_marked_and_the_chain_goes_on() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, trust) = credentials();
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
-    running.spool.record(opened("ends")).await.unwrap();
-    running.spool.record(opened("lost")).await.unwrap();
+    let disk = Disk::new();
+    let running = disk.start().await;
+    running.record(opened("ends")).await;
+    running.record(opened("lost")).await;
     running.spool.record_end(closed("ends")).await.unwrap();
-    // Dropped where it stands, as a kill leaves it: no checkpoint, no farewell.
-    running.task.abort();
-    let _ = running.task.await;
+    running.kill().await;
 
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    let running = disk.start().await;
     running.stop().await;
-    let entries = entries(dir.path()).await;
-    let events = events(&entries);
+    let events = disk.events().await;
     assert!(matches!(events[0], Event::Restart { .. }));
     assert!(matches!(events[4], Event::Restart { .. }), "{events:?}");
     assert_eq!(
@@ -168,20 +204,16 @@ async fn a_crash_is_marked_and_the_chain_goes_on() {
             connection: "lost".into()
         }
     );
-    let report = report(dir.path(), &trust).await;
+    let report = disk.report().await;
     assert!(report.holds(), "{:?}", report.problems);
     assert_eq!((report.restarts, report.lost), (2, 1));
 }
 
 #[tokio::test]
 async fn a_full_disk_denies_and_the_gap_is_on_record() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, trust) = credentials();
-    let small = SpoolConfig {
-        max_bytes: 200_000,
-        ..SpoolConfig::new(dir.path(), "node-a")
-    };
-    let running = start(small, &store).await;
+    let disk = Disk::new();
+    let small = disk.small(200_000);
+    let running = disk.start_with(small).await;
     let mut refused = 0;
     for n in 0..2000 {
         match running.spool.record(opened(&format!("c-{n}"))).await {
@@ -202,11 +234,11 @@ async fn a_full_disk_denies_and_the_gap_is_on_record() {
         .expect("an end has room");
     running.stop().await;
 
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    let running = disk.start().await;
     running.spool.drop_one();
-    running.spool.record(opened("again")).await.unwrap();
+    running.record(opened("again")).await;
     running.stop().await;
-    let report = report(dir.path(), &trust).await;
+    let report = disk.report().await;
     assert!(report.holds(), "{:?}", report.problems);
     assert_eq!(report.noted_gaps, 6);
 }
@@ -223,13 +255,9 @@ fn denied(connection: &str) -> Event {
 
 #[tokio::test]
 async fn refusals_fill_half_of_the_spool_and_leave_the_rest_to_what_needs_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, trust) = credentials();
-    let small = SpoolConfig {
-        max_bytes: 400_000,
-        ..SpoolConfig::new(dir.path(), "node-a")
-    };
-    let running = start(small, &store).await;
+    let disk = Disk::new();
+    let small = disk.small(400_000);
+    let running = disk.start_with(small).await;
     let mut refused = 0;
     for n in 0..2000 {
         if running.spool.record(denied(&format!("d-{n}"))).await == Err(NotRecorded::Full) {
@@ -237,32 +265,27 @@ async fn refusals_fill_half_of_the_spool_and_leave_the_rest_to_what_needs_it() {
         }
     }
     assert!(refused > 0, "the spool grew beyond its bound");
-    running.spool.record(opened("c")).await.unwrap();
+    running.record(opened("c")).await;
     running.stop().await;
-    let report = report(dir.path(), &trust).await;
+    let report = disk.report().await;
     assert!(report.holds(), "{:?}", report.problems);
     assert_eq!(report.noted_gaps, refused);
 }
 
 #[tokio::test]
 async fn much_that_is_dropped_is_told_of_once_a_checkpoint() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, _) = credentials();
+    let disk = Disk::new();
     let seldom = SpoolConfig {
         checkpoint_interval: Duration::from_secs(3600),
-        ..SpoolConfig::new(dir.path(), "node-a")
+        ..disk.config()
     };
-    let running = start(seldom, &store).await;
+    let running = disk.start_with(seldom).await;
     for n in 0..50 {
         running.spool.drop_one();
-        running
-            .spool
-            .record(opened(&format!("c-{n}")))
-            .await
-            .unwrap();
+        running.record(opened(&format!("c-{n}"))).await;
     }
     running.stop().await;
-    let events = events(&entries(dir.path()).await);
+    let events = disk.events().await;
     let gaps: Vec<_> = events
         .iter()
         .filter_map(|event| match event {
@@ -278,14 +301,10 @@ async fn much_that_is_dropped_is_told_of_once_a_checkpoint() {
 
 #[tokio::test]
 async fn a_spool_without_any_room_starts_and_is_emptied() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, _) = credentials();
-    let small = SpoolConfig {
-        max_bytes: 100_000,
-        ..SpoolConfig::new(dir.path(), "node-a")
-    };
-    let running = start(small.clone(), &store).await;
-    running.spool.record(opened("lost")).await.unwrap();
+    let disk = Disk::new();
+    let small = disk.small(100_000);
+    let running = disk.start_with(small.clone()).await;
+    running.record(opened("lost")).await;
     let Event::Closed(long) = closed("x") else {
         unreachable!()
     };
@@ -307,17 +326,16 @@ async fn a_spool_without_any_room_starts_and_is_emptied() {
         connection: String::new(),
     };
     while running.spool.record_end(shortest()).await.is_ok() {}
-    running.task.abort();
-    let _ = running.task.await;
-    let before = entries(dir.path()).await;
+    running.kill().await;
+    let before = disk.entries().await;
 
-    let running = start(small, &store).await;
+    let running = disk.start_with(small).await;
     let refused = running.spool.record(opened("again")).await;
     assert!(refused.is_err(), "{refused:?}");
     running.spool.acknowledged(before.last().unwrap().sequence);
-    running.spool.record(opened("again")).await.unwrap();
+    running.record(opened("again")).await;
     running.stop().await;
-    let events = events(&entries(dir.path()).await[1..]);
+    let events = &disk.events().await[1..];
     assert!(matches!(events[0], Event::Restart { .. }), "{events:?}");
     assert!(
         matches!(&events[1], Event::Lost { connection } if connection == "lost"),
@@ -328,65 +346,49 @@ async fn a_spool_without_any_room_starts_and_is_emptied() {
 
 #[tokio::test]
 async fn what_was_acknowledged_is_known_to_the_next_gate() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, _) = credentials();
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    let disk = Disk::new();
+    let running = disk.start().await;
     assert_eq!(running.spool.unacknowledged(), 1, "the restart");
     for n in 0..5 {
         let denied = denied(&format!("d-{n}"));
-        running.spool.record(denied).await.unwrap();
+        running.record(denied).await;
     }
     running.spool.acknowledged(4);
     assert_eq!(running.spool.unacknowledged(), 2);
     running.stop().await;
 
     // The checkpoint of the stop and the second restart have come to it.
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    let running = disk.start().await;
     assert_eq!(running.spool.unacknowledged(), 4);
     running.stop().await;
     // As an older gate has left it, and its central record has let it forget the first.
-    sql(dir.path(), "DELETE FROM meta WHERE name = 'acknowledged'").await;
-    sql(dir.path(), "DELETE FROM entries WHERE sequence < 4").await;
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    disk.sql("DELETE FROM meta WHERE name = 'acknowledged'")
+        .await;
+    disk.sql("DELETE FROM entries WHERE sequence < 4").await;
+    let running = disk.start().await;
     assert_eq!(running.spool.unacknowledged(), 7);
     running.stop().await;
 }
 
-async fn sql(dir: &Path, text: &'static str) {
-    use sqlx::Connection;
-    let url = format!("sqlite:{}", dir.join("record.sqlite").display());
-    let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
-    sqlx::query(text).execute(&mut connection).await.unwrap();
-    connection.close().await.unwrap();
-}
-
 #[tokio::test]
 async fn a_changed_file_is_found_and_a_broken_end_is_not_continued() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, trust) = credentials();
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
+    let disk = Disk::new();
+    let running = disk.start().await;
     for n in 0..5 {
-        running
-            .spool
-            .record(opened(&format!("c-{n}")))
-            .await
-            .unwrap();
+        running.record(opened(&format!("c-{n}"))).await;
     }
     running.stop().await;
-    sql(
-        dir.path(),
+    disk.sql(
         "UPDATE entries SET body = CAST(replace(CAST(body AS TEXT), '203.0.113.10', '203.0.113.11') AS BLOB) \
          WHERE sequence = 3",
     )
     .await;
-    assert!(!report(dir.path(), &trust).await.holds());
-    sql(
-        dir.path(),
+    assert!(!disk.report().await.holds());
+    disk.sql(
         "UPDATE entries SET hash = randomblob(32) WHERE sequence = (SELECT max(sequence) FROM entries)",
     )
     .await;
-    let config = SpoolConfig::new(dir.path(), "node-a");
-    let result = Writer::open(config, store.clone(), Arc::default()).await;
+    let result = disk.open(disk.config()).await;
     assert!(
         matches!(result, Err(StoreError::Broken { .. })),
         "{result:?}"
@@ -395,39 +397,31 @@ async fn a_changed_file_is_found_and_a_broken_end_is_not_continued() {
 
 #[tokio::test]
 async fn a_spool_has_one_gate_of_one_node() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, _) = credentials();
-    let running = start(SpoolConfig::new(dir.path(), "node-a"), &store).await;
-    let again = Writer::open(
-        SpoolConfig::new(dir.path(), "node-a"),
-        store.clone(),
-        Arc::default(),
-    );
-    assert!(matches!(again.await, Err(StoreError::InUse(_))));
+    let disk = Disk::new();
+    let running = disk.start().await;
+    let again = disk.open(disk.config()).await;
+    assert!(matches!(again, Err(StoreError::InUse(_))));
     running.stop().await;
-    let other = Writer::open(
-        SpoolConfig::new(dir.path(), "node-b"),
-        store.clone(),
-        Arc::default(),
-    );
-    assert!(matches!(other.await, Err(StoreError::OtherNode { .. })));
+    let config = SpoolConfig::new(disk.dir.path(), "node-b");
+    let other = disk.open(config).await;
+    assert!(matches!(other, Err(StoreError::OtherNode { .. })));
 }
 
 #[tokio::test]
 async fn entries_wait_unsealed_for_the_first_certificate() {
-    let dir = tempfile::tempdir().unwrap();
-    let empty = CredentialStore::empty();
+    let mut disk = Disk::new();
+    let later = std::mem::replace(&mut disk.credentials, CredentialStore::empty());
     let quick = SpoolConfig {
         checkpoint_interval: Duration::from_millis(1),
-        ..SpoolConfig::new(dir.path(), "node-a")
+        ..disk.config()
     };
-    let running = start(quick.clone(), &empty).await;
-    running.spool.record(opened("early")).await.unwrap();
+    let running = disk.start_with(quick.clone()).await;
+    running.record(opened("early")).await;
     running.stop().await;
-    let (store, trust) = credentials();
-    assert_eq!(report(dir.path(), &trust).await.sealed, 0);
-    let running = start(quick, &store).await;
+    assert_eq!(disk.report().await.sealed, 0);
+    disk.credentials = later;
+    let running = disk.start_with(quick).await;
     running.stop().await;
-    let report = report(dir.path(), &trust).await;
+    let report = disk.report().await;
     assert!(report.holds() && report.sealed >= 3, "{report:?}");
 }
