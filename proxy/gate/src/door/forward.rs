@@ -1,6 +1,6 @@
 //! An allowed connection whose bytes are not read: recorded, dialled, relayed, cut.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use bytes::BytesMut;
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::watch};
@@ -9,12 +9,13 @@ use turnpike_ledger::{
     Event,
     record::{Attempt, Closed, End, Verdict},
 };
+use turnpike_rules::pod::PodEgress;
 
 use super::{
     Door,
     accept::{Client, abort},
     dial::{DialError, dial},
-    judge::{Caller, Claim, judge, refuse},
+    judge::{Caller, Claim, grounds, judge, refuse},
     relay::{Ended, drained, relay},
     tcp_info::counts,
 };
@@ -36,6 +37,8 @@ pub(super) enum OpenError {
 pub(super) struct Revocation {
     state: State,
     changes: watch::Receiver<u64>,
+    /// By what the claim was last allowed here.
+    allowed_by: Option<Arc<PodEgress>>,
 }
 
 impl Revocation {
@@ -44,10 +47,11 @@ impl Revocation {
         Self {
             state: state.clone(),
             changes: state.changes(),
+            allowed_by: None,
         }
     }
 
-    pub(super) fn view(&self) -> std::sync::Arc<View> {
+    pub(super) fn view(&self) -> Arc<View> {
         self.state.view()
     }
 
@@ -56,12 +60,29 @@ impl Revocation {
         self.changes.changed().await.is_ok()
     }
 
+    /// Why the claim is denied by now. Most changes are other pods': they do not have it judged. A
+    /// claim that took the place of another was judged when it came, by rules no older than these.
+    pub(super) fn denied(&mut self, caller: &Caller, claim: &Claim) -> Option<String> {
+        let view = self.state.view();
+        let grounds = grounds(&view, caller);
+        if let (Some(now), Some(before)) = (&grounds, &self.allowed_by)
+            && Arc::ptr_eq(now, before)
+        {
+            return None;
+        }
+        let verdict = judge(&view, caller, claim);
+        if verdict.verdict == Verdict::Denied {
+            return Some(verdict.reason.unwrap_or_default());
+        }
+        self.allowed_by = grounds;
+        None
+    }
+
     /// Waits for a change by which the claim is denied, and returns why.
     pub(super) async fn revoked(&mut self, caller: &Caller, claim: &Claim) -> String {
         loop {
-            let verdict = judge(&self.state.view(), caller, claim);
-            if verdict.verdict == Verdict::Denied {
-                return verdict.reason.unwrap_or_default();
+            if let Some(why) = self.denied(caller, claim) {
+                return why;
             }
             if !self.changed().await {
                 return "the gate stops".into();
@@ -235,4 +256,81 @@ pub(super) async fn record_closed(door: &Door, closed: Closed) {
 
 pub(super) fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures_util::FutureExt;
+    use turnpike_rules::{
+        egress::{EgressProtocol, Mode},
+        pod::Members,
+    };
+
+    use super::{
+        super::judge::tests::{HOST, JUDGED, caller, rule, sni, state},
+        *,
+    };
+    use crate::state::{Change, PodInfo};
+
+    fn members(address: &str) -> Change {
+        let members = Members {
+            name: "cluster/node-b".into(),
+            addresses: vec![address.parse().unwrap()],
+            services: vec![],
+        };
+        Change::Members {
+            added: vec![("cluster/node-b".into(), members)],
+            removed: vec![],
+        }
+    }
+
+    fn policies(added: Vec<PodEgress>) -> Change {
+        Change::Policies {
+            added,
+            removed: vec![],
+        }
+    }
+
+    #[test]
+    fn a_change_that_is_not_the_callers_does_not_have_it_judged() {
+        let (owner, state) = state(Mode::Enforce, rule(EgressProtocol::Tls, 443, false));
+        let (caller, claim) = (caller("203.0.113.66:443", HOST), sni(HOST));
+        let own = grounds(&state.view(), &caller).unwrap();
+        let other = PodEgress {
+            uid: "u2".into(),
+            name: "pay-1".into(),
+            ..(*own).clone()
+        };
+        let mut revocation = Revocation::guard(&state);
+        let mut revoked = pin!(revocation.revoked(&caller, &claim));
+        let mut judgements = || {
+            let before = JUDGED.get();
+            let ended = revoked.as_mut().now_or_never();
+            (JUDGED.get() - before, ended)
+        };
+        assert_eq!(judgements(), (1, None));
+
+        owner.apply(Change::PodAdded(PodInfo {
+            uid: "u2".into(),
+            container_id: "c2".into(),
+            addresses: vec!["10.0.1.6".parse().unwrap()],
+            ..PodInfo::default()
+        }));
+        owner.apply(members("10.0.2.5"));
+        assert_eq!(
+            judgements(),
+            (0, None),
+            "another pod, on this node and elsewhere"
+        );
+        owner.apply(policies(vec![other]));
+        assert_eq!(judgements(), (0, None), "another pod's policy");
+        owner.apply(policies(vec![(*own).clone()]));
+        assert_eq!(judgements(), (1, None), "its own");
+        owner.apply(members("203.0.113.66"));
+        let (judged, why) = judgements();
+        assert_eq!(judged, 1);
+        assert!(why.unwrap().contains("address of the cluster"));
+    }
 }

@@ -57,21 +57,15 @@ impl Claim {
 
 /// Judges by what is known now. Allowed is whatever is not [`Verdict::Denied`].
 pub(super) fn judge(view: &View, caller: &Caller, claim: &Claim) -> Attempt {
+    #[cfg(test)]
+    tests::JUDGED.set(tests::JUDGED.get() + 1);
     let standing = view.standing(caller.source.ip());
     let mut attempt = attempt(caller, claim, &standing);
-    let Standing::Selected(pod, egress) = &standing else {
-        return refuse(attempt, missing(&standing));
+    let egress = match rules(view, caller, standing) {
+        Ok(egress) => egress,
+        Err(reason) => return refuse(attempt, reason),
     };
-    if pod.uid != caller.uid {
-        return refuse(attempt, "the address has another pod now");
-    }
-    if view.is_cluster(caller.destination.ip()) {
-        return refuse(
-            attempt,
-            "an address of the cluster is not reached through the gate",
-        );
-    }
-    let verdict = ask(egress, caller, claim);
+    let verdict = ask(&egress, caller, claim);
     attempt.verdict = describe::verdict(&verdict);
     attempt.reason = describe::reason(&verdict);
     attempt.rule = describe::rule(&verdict);
@@ -86,6 +80,26 @@ pub(super) fn judge(view: &View, caller: &Caller, claim: &Claim) -> Attempt {
         );
     }
     attempt
+}
+
+/// All that a verdict takes from what is known: while it is the same, so is the verdict on the same
+/// claim. None: whatever the caller claims is denied.
+pub(super) fn grounds(view: &View, caller: &Caller) -> Option<Arc<PodEgress>> {
+    rules(view, caller, view.standing(caller.source.ip())).ok()
+}
+
+/// The rules to ask, or why none are.
+fn rules(view: &View, caller: &Caller, standing: Standing) -> Result<Arc<PodEgress>, &'static str> {
+    let Standing::Selected(pod, egress) = standing else {
+        return Err(missing(&standing));
+    };
+    if pod.uid != caller.uid {
+        return Err("the address has another pod now");
+    }
+    if view.is_cluster(caller.destination.ip()) {
+        return Err("an address of the cluster is not reached through the gate");
+    }
+    Ok(egress)
 }
 
 fn ask(egress: &PodEgress, caller: &Caller, claim: &Claim) -> egress::Verdict {
@@ -167,8 +181,11 @@ pub(super) fn missing(standing: &Standing) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::{Duration, Instant};
+pub(super) mod tests {
+    use std::{
+        cell::Cell,
+        time::{Duration, Instant},
+    };
 
     use turnpike_rules::{
         egress::{EgressPolicy, EgressPort, EgressProtocol, EgressRule, Mode},
@@ -182,9 +199,18 @@ mod tests {
         state::{Change, Owner, PodInfo, PodLimits, State},
     };
 
-    const HOST: &str = "api.payments.example";
+    pub(in crate::door) const HOST: &str = "api.payments.example";
 
-    fn rule(protocol: EgressProtocol, port: u16, originate_tls: bool) -> EgressRule {
+    thread_local! {
+        /// Judgements of this thread.
+        pub(in crate::door) static JUDGED: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(in crate::door) fn rule(
+        protocol: EgressProtocol,
+        port: u16,
+        originate_tls: bool,
+    ) -> EgressRule {
         EgressRule {
             id: "allow[0]".into(),
             hosts: vec![HostPattern::parse(HOST).unwrap()],
@@ -199,7 +225,7 @@ mod tests {
         }
     }
 
-    fn state(mode: Mode, rule: EgressRule) -> (Arc<Owner>, State) {
+    pub(in crate::door) fn state(mode: Mode, rule: EgressRule) -> (Arc<Owner>, State) {
         let (owner, state) = Owner::new(PodLimits::default());
         owner.apply(Change::PodAdded(PodInfo {
             uid: "u1".into(),
@@ -229,7 +255,7 @@ mod tests {
         (owner, state)
     }
 
-    fn caller(destination: &str, bound: &str) -> Caller {
+    pub(in crate::door) fn caller(destination: &str, bound: &str) -> Caller {
         let destination: SocketAddr = destination.parse().unwrap();
         let (mut names, now) = (Names::new(10), Instant::now());
         let name = HostName::parse(bound).unwrap();
@@ -251,7 +277,7 @@ mod tests {
         }
     }
 
-    fn sni(name: &str) -> Claim {
+    pub(in crate::door) fn sni(name: &str) -> Claim {
         Claim::Tls(Some(HostName::parse(name).unwrap()))
     }
 

@@ -6,8 +6,8 @@
 //! 3. What is denied is answered in its own protocol, and recorded.
 //! 4. What is allowed is recorded and dialled at the same time ([`forward`]); its first byte leaves
 //!    when the record is on disk. Plaintext HTTP is judged request by request ([`http`]).
-//! 5. A change of policy or pod has each open connection judged again; what is no longer allowed is
-//!    aborted.
+//! 5. A change of policy or pod has the open connections that it concerns judged again; what is no
+//!    longer allowed is aborted.
 
 pub mod accept;
 pub mod dial;

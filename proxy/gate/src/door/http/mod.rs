@@ -265,12 +265,10 @@ impl Session<'_> {
     /// Waits until the last allowed request would be denied.
     async fn revoked(&self, revocation: &mut Revocation) -> String {
         loop {
-            let last = self.last.lock().clone();
-            let denied = last
-                .map(|claim| judge(&revocation.view(), &self.caller, &claim))
-                .filter(|verdict| verdict.verdict == Verdict::Denied);
-            if let Some(denied) = denied {
-                return denied.reason.unwrap_or_default();
+            let denied = |claim: &Claim| revocation.denied(&self.caller, claim);
+            let denied = self.last.lock().as_ref().and_then(denied);
+            if let Some(why) = denied {
+                return why;
             }
             if !revocation.changed().await {
                 return "the gate stops".into();
