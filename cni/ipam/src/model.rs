@@ -107,8 +107,16 @@ pub struct Holder {
     /// Name of the CNI network, which GC is asked about.
     pub network: String,
     pub pod: PodRef,
-    /// Path of the pod's network namespace.
+    /// Path of the pod's network namespace. Empty: a stranger, see [`is_stranger`](Self::is_stranger).
     pub netns: String,
+}
+
+impl Holder {
+    /// Whether no ADD on record made it: its link was found in the kernel, or the journal lost how
+    /// its ADD ended. It may well be a running pod.
+    pub fn is_stranger(&self) -> bool {
+        self.netns.is_empty()
+    }
 }
 
 /// An address in somebody's hands.
@@ -119,7 +127,7 @@ pub struct Lease {
     pub eni: EniId,
     pub at: Moment,
     /// What the holder's owner needs to take the pod over after a restart; opaque here. None: its
-    /// ADD has not come to an end.
+    /// ADD has not come to an end, unless the holder is a stranger.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }

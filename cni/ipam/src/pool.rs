@@ -11,7 +11,8 @@ use std::{
 };
 
 use crate::{
-    Action, Attachment, Config, Counts, Eni, EniId, Holder, Intent, IntentId, Lease, Moment, Record,
+    Action, Attachment, Config, Counts, Eni, EniId, Holder, Intent, IntentId, Lease, Moment,
+    PodRef, Record,
 };
 
 /// At most one step down in this time, and none right after a start, so that a pod or an agent that
@@ -285,6 +286,33 @@ impl Pool {
                 log,
             );
         }
+    }
+
+    /// Says which pod a stranger is, with the note that a restart needs; see
+    /// [`Holder::is_stranger`].
+    pub fn recognise(
+        &mut self,
+        attachment: &Attachment,
+        pod: PodRef,
+        note: String,
+        log: &mut Vec<Record>,
+    ) {
+        let Some(mut lease) = self.leases.get(attachment).cloned() else {
+            return;
+        };
+        lease.holder.pod = pod;
+        lease.note = Some(note);
+        self.commit(Record::Leased { lease }, log);
+    }
+
+    /// Some of the record is lost, so that a lease without a note does not say that its ADD never
+    /// ended: such holders are strangers from here on.
+    pub(crate) fn distrust(&mut self) {
+        let unnoted = self
+            .leases
+            .values_mut()
+            .filter(|lease| lease.note.is_none());
+        unnoted.for_each(|lease| lease.holder.netns.clear());
     }
 
     /// The ADD failed before any packet could have used the address.

@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    Attachment, Config, EniId, Full, Holder, Lease, Moment, Pool, Record, encode,
+    Attachment, Config, EniId, Full, Holder, Lease, Moment, PodRef, Pool, Record, encode,
     journal::{Journal, JournalError, Opened},
 };
 
@@ -32,7 +32,7 @@ pub struct Recording(oneshot::Receiver<Verdict>);
 impl Recording {
     /// Waits for the commit.
     pub async fn done(self) -> Result<(), NotRecorded> {
-        // The writer outlives every caller; if it died, nothing is durable any more.
+        // The writer outlives every caller; if it broke, nothing is durable any more.
         self.0.await.unwrap_or_else(|_| {
             Err(NotRecorded(Arc::new(JournalError::Io {
                 action: "commit to",
@@ -60,6 +60,8 @@ pub struct Store {
     shared: Arc<Shared>,
     changes: watch::Receiver<u64>,
     writer: Option<JoinHandle<()>>,
+    /// Its other end is the writer's.
+    lives: watch::Receiver<()>,
 }
 
 #[derive(Debug)]
@@ -79,6 +81,7 @@ struct State {
     /// The writer is at work on a batch that it took.
     committing: bool,
     syncs: u64,
+    /// The store is dropped, or the writer is gone: nothing becomes durable any more.
     closed: bool,
 }
 
@@ -91,7 +94,7 @@ impl Store {
         now: Moment,
     ) -> Result<Self, JournalError> {
         let Opened {
-            journal,
+            mut journal,
             records,
             tail,
             cut,
@@ -102,11 +105,20 @@ impl Store {
         }
         let mut pool = Pool::new(config);
         records.iter().for_each(|record| pool.apply(record));
+        let mut behind = false;
+        if cut > 0 {
+            // The end of some ADD may have been in it.
+            pool.distrust();
+            if let Err(error) = journal.rewrite(&pool.snapshot()) {
+                tracing::error!(%error, "the pool's journal is not whole yet");
+                behind = true;
+            }
+        }
         let mut log = Vec::new();
         pool.boot(boot, now, &mut log);
         let mut batch = Vec::new();
         log.iter().for_each(|record| encode(record, &mut batch));
-        Self::start(pool, batch, journal).map_err(|source| JournalError::Io {
+        Self::start(pool, batch, behind, journal).map_err(|source| JournalError::Io {
             action: "start the writer of",
             path: folder.to_owned(),
             source,
@@ -116,6 +128,7 @@ impl Store {
     fn start(
         pool: Pool,
         batch: Vec<u8>,
+        behind: bool,
         journal: impl Commits + Send + 'static,
     ) -> std::io::Result<Self> {
         let (changes, receiver) = watch::channel(0);
@@ -123,7 +136,7 @@ impl Store {
             pool,
             batch,
             waiters: Vec::new(),
-            behind: false,
+            behind,
             committing: false,
             syncs: 0,
             closed: false,
@@ -133,14 +146,22 @@ impl Store {
             work: Condvar::new(),
             changes,
         });
+        let (living, lives) = watch::channel(());
         let writer = thread::Builder::new().name("journal".into()).spawn({
             let shared = Arc::clone(&shared);
-            move || write(&shared, journal)
+            move || {
+                let _end = End {
+                    shared: &shared,
+                    _living: living,
+                };
+                write(&shared, journal);
+            }
         })?;
         Ok(Self {
             shared,
             changes: receiver,
             writer: Some(writer),
+            lives,
         })
     }
 
@@ -170,6 +191,19 @@ impl Store {
     pub async fn note(&self, attachment: &Attachment, note: String) -> Result<(), NotRecorded> {
         let ((), recorded) = self
             .change(|pool, log| pool.note(attachment, note, log))
+            .await;
+        recorded
+    }
+
+    /// See [`Pool::recognise`]; `Ok` when it is durable.
+    pub async fn recognise(
+        &self,
+        attachment: &Attachment,
+        pod: PodRef,
+        note: String,
+    ) -> Result<(), NotRecorded> {
+        let ((), recorded) = self
+            .change(|pool, log| pool.recognise(attachment, pod, note, log))
             .await;
         recorded
     }
@@ -211,6 +245,13 @@ impl Store {
         self.changes.clone()
     }
 
+    /// Returns when the writer has ended, which it does by a fault alone: nothing can be put on
+    /// record any more, and whoever waits for it is told so.
+    pub async fn ended(&self) {
+        // Nothing is ever sent: it returns when the writer's end is gone.
+        self.lives.clone().changed().await.ok();
+    }
+
     /// Syncs of the journal so far.
     pub fn syncs(&self) -> u64 {
         self.shared.state.lock().syncs
@@ -227,7 +268,9 @@ impl Store {
         log.iter()
             .for_each(|record| encode(record, &mut state.batch));
         let settled = state.batch.is_empty() && !state.committing && !state.behind;
-        if log.is_empty() && settled {
+        if state.closed {
+            drop(sender);
+        } else if log.is_empty() && settled {
             sender.send(Ok(())).ok();
         } else {
             // Also for who only read: what it saw may not be durable yet.
@@ -250,6 +293,20 @@ impl Drop for Store {
         {
             tracing::error!("the journal's writer panicked");
         }
+    }
+}
+
+/// The writer's end, however it comes: nobody waits for it any more.
+struct End<'a> {
+    shared: &'a Shared,
+    _living: watch::Sender<()>,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.state.lock();
+        state.closed = true;
+        state.waiters.clear();
     }
 }
 
@@ -317,6 +374,27 @@ mod tests {
 
     use super::*;
     use crate::{Action, Eni, Limits, PodRef, Targets};
+
+    /// A journal whose writer breaks at the first batch.
+    struct Breaking;
+
+    impl Commits for Breaking {
+        fn append(&mut self, _: &[u8]) -> Result<(), JournalError> {
+            panic!("a fault");
+        }
+
+        fn rewrite(&mut self, _: &[Record]) -> Result<(), JournalError> {
+            panic!("a fault");
+        }
+
+        fn wants_compaction(&self) -> bool {
+            false
+        }
+
+        fn syncs(&self) -> u64 {
+            0
+        }
+    }
 
     /// A journal on a real file whose disk hangs when it is told to.
     struct Hanging {
@@ -397,7 +475,7 @@ mod tests {
             entered,
             go_on,
         };
-        let store = Store::start(pool(), Vec::new(), journal).unwrap();
+        let store = Store::start(pool(), Vec::new(), false, journal).unwrap();
         let (_, first) = store.lease(holder(0), Moment(2)).unwrap();
         in_commit.recv().unwrap();
         let others = (1..=40).map(|n| store.lease(holder(n), Moment(2)).unwrap());
@@ -413,5 +491,24 @@ mod tests {
             2,
             "one for the first ADD, one for the other 40"
         );
+    }
+
+    #[tokio::test]
+    async fn a_writer_that_breaks_is_noticed_and_leaves_nobody_waiting() {
+        let soon = Duration::from_secs(20);
+        let store = Store::start(pool(), Vec::new(), false, Breaking).unwrap();
+        let idle = tokio::time::timeout(Duration::ZERO, store.ended()).await;
+        assert!(idle.is_err(), "it works");
+        for n in 0..2 {
+            let (_, recording) = store.lease(holder(n), Moment(2)).unwrap();
+            let recorded = tokio::time::timeout(soon, recording.done()).await;
+            let refused = recorded.expect("an answer").unwrap_err();
+            assert!(
+                refused.to_string().contains("could not be written"),
+                "{refused}"
+            );
+        }
+        let ended = tokio::time::timeout(soon, store.ended()).await;
+        ended.expect("its end is told");
     }
 }

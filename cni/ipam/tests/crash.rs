@@ -230,6 +230,51 @@ async fn a_damaged_journal_is_kept_beside_and_its_sound_part_used() {
     );
 }
 
+/// Of a lease whose note may have been in what was lost, a restart must not say that its ADD never
+/// ended.
+#[tokio::test]
+async fn what_a_damaged_journal_does_not_tell_the_end_of_is_a_stranger_for_good() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pool.journal");
+    {
+        let store = open(folder.path());
+        fill(&store).await;
+        for id in ["c1", "c2"] {
+            add(&store, id).await.unwrap();
+            let note = format!("note of {id}");
+            store.note(&attachment(id), note).await.unwrap();
+        }
+        add(&store, "c3").await.unwrap();
+    }
+    let strangers = |store: &Store| {
+        let is_stranger = |id| {
+            store.read(|pool| {
+                let lease = pool.lease_of(&attachment(id))?;
+                Some(lease.holder.is_stranger())
+            })
+        };
+        ["c1", "c2", "c3"].map(is_stranger)
+    };
+    let whole = strangers(&open(folder.path()));
+    assert_eq!(whole, [Some(false); 3], "nothing was lost");
+    let bytes = fs::read(&file).unwrap();
+    let note = bytes.windows(10).position(|it| it == b"note of c2");
+    for cut_too in [false, true] {
+        let mut damaged = bytes.clone();
+        damaged[note.unwrap()] ^= 1;
+        if cut_too {
+            // Nothing whole follows: it looks like a write that did not end.
+            damaged.truncate(note.unwrap() + 20);
+        }
+        fs::write(&file, damaged).unwrap();
+        for start in 1..3 {
+            let found = strangers(&open(folder.path()));
+            let expected = [Some(false), Some(true), None];
+            assert_eq!(found, expected, "cut too: {cut_too}, start {start}");
+        }
+    }
+}
+
 fn inner(test: &str, folder: &Path, seed: u64) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--ignored", "--nocapture"]);
