@@ -11,6 +11,7 @@ use turnpike_rules::pod::Members;
 use crate::{
     node::{Node, note_of},
     note::{Enforced, Note},
+    stranger,
 };
 
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -46,6 +47,7 @@ async fn all(node: &Node, done: &mut Set) -> Result<(), ()> {
         tracing::error!(%error, "the cluster's addresses were not set");
     }
     let mut failed = members.is_err();
+    stranger::recognise(node).await;
     for lease in node.leases() {
         if let Err(error) = update(node, &lease).await {
             let attachment = &lease.holder.attachment;

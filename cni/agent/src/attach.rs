@@ -8,7 +8,6 @@
 use std::{
     collections::BTreeSet,
     net::Ipv4Addr,
-    path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -22,6 +21,7 @@ use crate::{
     flight::Turn,
     node::{Node, note_of},
     note::{Enforced, Note},
+    tombstones,
 };
 
 pub const GATEWAY: &str = "169.254.1.1";
@@ -126,9 +126,8 @@ pub async fn add(node: &Arc<Node>, request: &AddRequest) -> Result<AddReply, Att
     };
     let turn = node.flights.begin(&holder.attachment).await;
     // A DEL of an earlier life still to be done: now, not when this one is up.
-    if node.tombstones.take(&holder.attachment) {
-        detach(node, &holder.attachment).await;
-    }
+    let tombstone = node.tombstones.of(&holder.attachment);
+    tombstones::fulfil(&tombstone, detach(node, &holder.attachment)).await;
     if let Some(reply) = repeated(node, &holder).await {
         return Ok(reply);
     }
@@ -147,10 +146,13 @@ pub async fn add(node: &Arc<Node>, request: &AddRequest) -> Result<AddReply, Att
 }
 
 /// The answer to an ADD that was answered before, if what it built still stands. What does not
-/// stand is taken down, to be built anew.
+/// stand is taken down, to be built anew, and so is what nobody can tell of.
 async fn repeated(node: &Node, holder: &Holder) -> Option<AddReply> {
     let lease = node.lease_of(&holder.attachment)?;
-    let note = note_of(&lease)?;
+    let Some(note) = note_of(&lease) else {
+        detach(node, &holder.attachment).await;
+        return None;
+    };
     let plan = node.plan(&lease, &note.enforced);
     let same = lease.holder.netns == holder.netns && lease.holder.pod == holder.pod;
     match node.datapath.check(&plan, &note.applied).await {
@@ -389,16 +391,8 @@ pub async fn del(node: &Arc<Node>, attachment: &Attachment) {
     detach(node, attachment).await;
 }
 
-/// Does a DEL that was left, unless an ADD was there before and has done it.
-pub async fn bury(node: &Arc<Node>, attachment: &Attachment, tombstone: &Path) {
-    let _turn = node.flights.end(attachment).await;
-    if std::fs::remove_file(tombstone).is_ok() {
-        detach(node, attachment).await;
-    }
-}
-
-/// The caller has the attachment's turn.
-async fn detach(node: &Node, attachment: &Attachment) {
+/// True if it is all gone; what is not, a tombstone tells. The caller has the attachment's turn.
+pub(crate) async fn detach(node: &Node, attachment: &Attachment) -> bool {
     let lease = node.lease_of(attachment);
     node.feed.removed(attachment);
     let removals = match lease.as_ref().and_then(note_of) {
@@ -407,20 +401,20 @@ async fn detach(node: &Node, attachment: &Attachment) {
             Ok(removals) => removals,
             Err(error) => {
                 tracing::error!(%attachment, %error, "pod links cannot be listed");
-                later(node, attachment);
-                return;
+                return later(node, attachment);
             }
         },
     };
     for removal in removals {
         if !remove(node, attachment, removal).await {
-            return;
+            return false;
         }
     }
     if lease.is_some() {
         node.store.release(attachment, node.now()).await;
         node.pool_wanted.notify_one();
     }
+    true
 }
 
 /// Links of the attachment's container that no note tells of.
@@ -464,14 +458,19 @@ fn later(node: &Node, attachment: &Attachment) -> bool {
 
 /// Compares what is with what was set up. Returns the pod's address.
 pub async fn check(node: &Arc<Node>, request: &AddRequest) -> Result<Ipv4Addr, AttachError> {
-    let attachment = holder(request)?.attachment;
+    let Holder {
+        attachment, netns, ..
+    } = holder(request)?;
     let _turn = node.flights.begin(&attachment).await;
     let found = node
         .lease_of(&attachment)
         .and_then(|lease| Some((note_of(&lease)?, lease)));
-    let Some((note, lease)) = found else {
+    let Some((note, mut lease)) = found else {
         return Err(AttachError::Unknown(attachment));
     };
+    if lease.holder.is_stranger() {
+        lease.holder.netns = netns;
+    }
     let plan = node.plan(&lease, &note.enforced);
     match node.datapath.check(&plan, &note.applied).await {
         Ok(differences) if differences.is_empty() => Ok(lease.address),

@@ -1,20 +1,21 @@
 //! What the gate is told: every pod of the node with its addresses, and what the kernel denied.
+//!
+//! What was refused is told at least once, or counted: what a reader did not take before its stream
+//! ended is kept for the next one.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    fs, io,
-    path::Path,
     pin::Pin,
     sync::Arc,
-    time::{Duration, UNIX_EPOCH},
+    task::{Context, Poll, ready},
+    time::UNIX_EPOCH,
 };
 
 use futures_util::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
-use tokio::sync::broadcast;
-use tokio_stream::wrappers::{BroadcastStream, errors::BroadcastStreamRecvError};
+use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
-use turnpike_datapath::{Cause, Denials, Denied, PodKey};
+use turnpike_datapath::{Cause, Denied, PodKey};
 use turnpike_ipam::Attachment;
 use turnpike_wire::node::{
     self, FeedEvent, Lapse, LocalPod, RemovedPod, Synced, WatchRequest, feed_event::Event,
@@ -22,24 +23,19 @@ use turnpike_wire::node::{
 
 use crate::node::Node;
 
-/// Events that a reader may be behind. One that is further behind loses its stream and begins
-/// anew with all pods, so it misses denials at most, and is told how many.
+/// Events that a reader may be behind. The stream of one that is further behind ends with them: it
+/// begins anew with all pods, and with the denials that were kept meanwhile.
 const BEHIND: usize = 4096;
-const REOPEN_PAUSE: Duration = Duration::from_secs(1);
-/// The rules' count of refused packets as it was when it was last looked at.
-const REFUSED: &str = "refused";
-const UNTOLD_PAUSE: Duration = Duration::from_secs(2);
 
 /// Denials kept for a reader while there is none; beyond it they are counted.
 const KEPT: usize = 4096;
 /// Host sides of veths whose pods are gone, kept to know whose last packets are told late.
 const DEPARTED: usize = 1024;
 
-/// The pods as the gate should know them, and the stream of changes.
-#[derive(Debug)]
+/// The pods as the gate should know them, and the streams of changes.
+#[derive(Debug, Default)]
 pub struct Feed {
-    known: Mutex<Known>,
-    events: broadcast::Sender<Event>,
+    known: Arc<Mutex<Known>>,
 }
 
 #[derive(Debug, Default)]
@@ -49,19 +45,21 @@ struct Known {
     interfaces: HashMap<String, String>,
     /// Interfaces in the order in which their pods went.
     departed: VecDeque<String>,
+    readers: Vec<Reader>,
+    /// Events so far.
+    count: u64,
     /// What nobody was there to hear.
     kept: VecDeque<Event>,
     /// Packets told of to nobody and not kept.
     lost: u64,
 }
 
-impl Default for Feed {
-    fn default() -> Self {
-        Self {
-            known: Mutex::default(),
-            events: broadcast::channel(BEHIND).0,
-        }
-    }
+/// One that is told of every event, none left out.
+#[derive(Debug)]
+struct Reader {
+    /// The first event that it was told of.
+    since: u64,
+    queue: mpsc::Sender<(u64, Event)>,
 }
 
 impl Feed {
@@ -72,8 +70,7 @@ impl Feed {
             .interfaces
             .insert(interface(&pod), pod.container_id.clone());
         if known.pods.insert(attachment.clone(), pod.clone()).as_ref() != Some(&pod) {
-            // Nobody listens: the next reader begins with all pods.
-            self.events.send(Event::Added(pod)).ok();
+            known.tell(Event::Added(pod));
         }
     }
 
@@ -88,58 +85,120 @@ impl Feed {
             addresses,
             ..
         } = pod;
-        self.events
-            .send(Event::Removed(RemovedPod {
-                container_id,
-                addresses,
-            }))
-            .ok();
+        known.tell(Event::Removed(RemovedPod {
+            container_id,
+            addresses,
+        }));
     }
 
     /// A refused packet, on behalf of the pod whose veth it came in on.
     pub fn denied(&self, denied: Denied) {
-        let count = denied.count;
         let mut known = self.known.lock();
         let container = match denied.cause {
             Cause::Uninvited => None,
             Cause::Refused | Cause::Spoofed => known.interfaces.get(&denied.interface).cloned(),
         };
         let event = Event::Denied(wire(denied, container.unwrap_or_default()));
-        self.tell(&mut known, event, count);
+        known.tell(event);
     }
 
     /// Something that should have been told, and cannot be any more.
     pub fn lapse(&self, reason: impl Into<String>, packets: u64) {
         let reason = reason.into();
         let event = Event::Lapse(Lapse { reason, packets });
-        self.tell(&mut self.known.lock(), event, packets.max(1));
+        self.known.lock().tell(event);
     }
 
-    fn tell(&self, known: &mut Known, event: Event, packets: u64) {
-        match self.events.send(event) {
-            Ok(_) => {}
-            Err(unheard) if known.kept.len() < KEPT => known.kept.push_back(unheard.0),
-            Err(_) => known.lost = known.lost.saturating_add(packets),
-        }
-    }
-
-    /// All pods, what was kept, and every change after them: none between is missed, none is told
-    /// twice.
-    fn watch(&self) -> (Vec<LocalPod>, Vec<Event>, broadcast::Receiver<Event>) {
+    /// All pods, what was kept, and every change after them: none between is missed.
+    fn watch(&self) -> Changes {
         let mut known = self.known.lock();
-        let mut kept: Vec<_> = known.kept.drain(..).collect();
+        let pods = known.pods.values().cloned().map(Event::Added);
+        let mut first: VecDeque<_> = pods.chain([Event::Synced(Synced {})]).collect();
+        first.extend(std::mem::take(&mut known.kept));
         let packets = std::mem::take(&mut known.lost);
         if packets > 0 {
-            let reason = "refused packets that came while the gate was away, beyond what was kept";
+            let reason =
+                "refused packets that the gate was not there to take, beyond what was kept";
             let reason = reason.to_owned();
-            kept.push(Event::Lapse(Lapse { reason, packets }));
+            first.push_back(Event::Lapse(Lapse { reason, packets }));
         }
-        let pods = known.pods.values().cloned().collect();
-        (pods, kept, self.events.subscribe())
+        let (queue, later) = mpsc::channel(BEHIND);
+        let since = known.count;
+        known.readers.push(Reader { since, queue });
+        Changes {
+            first,
+            later,
+            known: Arc::clone(&self.known),
+        }
+    }
+}
+
+/// What a reader takes. It ends when the reader is too far behind; what is in it when it is dropped is
+/// kept for the next reader.
+#[derive(Debug)]
+struct Changes {
+    first: VecDeque<Event>,
+    later: mpsc::Receiver<(u64, Event)>,
+    known: Arc<Mutex<Known>>,
+}
+
+impl Stream for Changes {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        if let Some(event) = self.first.pop_front() {
+            return Poll::Ready(Some(event));
+        }
+        let next = ready!(self.later.poll_recv(cx));
+        Poll::Ready(next.map(|(_, event)| event))
+    }
+}
+
+impl Drop for Changes {
+    fn drop(&mut self) {
+        let mut known = self.known.lock();
+        // Under the lock: nothing is told to it any more.
+        self.later.close();
+        known.readers.retain(|reader| !reader.queue.is_closed());
+        let mut untold: VecDeque<_> = std::mem::take(&mut self.first);
+        while let Ok((number, event)) = self.later.try_recv() {
+            if !known.readers.iter().any(|reader| reader.since <= number) {
+                untold.push_back(event);
+            }
+        }
+        let newer = std::mem::take(&mut known.kept);
+        untold
+            .into_iter()
+            .chain(newer)
+            .for_each(|event| known.keep(event));
     }
 }
 
 impl Known {
+    fn tell(&mut self, event: Event) {
+        let number = self.count;
+        self.count += 1;
+        self.readers
+            .retain(|reader| reader.queue.try_send((number, event.clone())).is_ok());
+        if self.readers.is_empty() {
+            self.keep(event);
+        }
+    }
+
+    /// For the next reader, which begins with all pods.
+    fn keep(&mut self, event: Event) {
+        let packets = match &event {
+            Event::Added(_) | Event::Removed(_) | Event::Synced(_) => return,
+            Event::Denied(denied) => denied.count,
+            Event::Lapse(lapse) => lapse.packets.max(1),
+        };
+        if self.kept.len() < KEPT {
+            self.kept.push_back(event);
+        } else {
+            self.lost = self.lost.saturating_add(packets);
+        }
+    }
+
     fn depart(&mut self, pod: &LocalPod) {
         let interface = interface(pod);
         if self.interfaces.get(&interface) != Some(&pod.container_id) {
@@ -220,112 +279,23 @@ impl node::feed_server::Feed for FeedService {
     type WatchStream = Events;
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Events>, Status> {
-        let (pods, kept, changes) = self.0.feed.watch();
-        let first = pods
-            .into_iter()
-            .map(Event::Added)
-            .chain([Event::Synced(Synced {})])
-            .chain(kept);
-        let node = Arc::clone(&self.0);
-        let later = BroadcastStream::new(changes).map(move |event| {
-            event.map_err(|BroadcastStreamRecvError::Lagged(missed)| {
-                let reason = "events that the gate was too slow to take";
-                node.feed.lapse(reason, missed);
-                Status::data_loss("the reader was too slow: watch again")
-            })
-        });
-        let events = stream::iter(first.map(Ok))
-            .chain(later)
-            .map(|event| event.map(|event| FeedEvent { event: Some(event) }))
+        let behind = Status::data_loss("the reader was too slow: watch again");
+        let events = self
+            .0
+            .feed
+            .watch()
+            .map(|event| Ok(FeedEvent { event: Some(event) }))
+            .chain(stream::iter([Err(behind)]))
             .take_until(self.0.stop.clone().cancelled_owned());
         Ok(Response::new(Box::pin(events)))
-    }
-}
-
-/// Carries the kernel's denials to the feed, until the node stops.
-pub async fn forward_denials(node: Arc<Node>) {
-    while !node.stop.is_cancelled() {
-        match Denials::open() {
-            Ok(mut denials) => forward(&node, &mut denials).await,
-            Err(error) => tracing::error!(%error, "denials cannot be read from the kernel"),
-        }
-        let pause = tokio::time::sleep(REOPEN_PAUSE);
-        node.stop.run_until_cancelled(pause).await;
-    }
-}
-
-/// Tells how many refused packets were not logged, by the rules' rate or because no agent was there,
-/// until the node stops. Looks only after some were logged: before that, no rate was exceeded.
-pub async fn tell_untold(node: Arc<Node>) {
-    let path = node.settings.state_dir.join(REFUSED);
-    let mut before = node.datapath.refusals().await.unwrap_or_default();
-    let known = fs::read_to_string(&path)
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let away = known.map_or(0, |known| more(known, before.all));
-    if away > 0 {
-        let reason = "refused packets while the agent was away, at most";
-        node.feed.lapse(reason, away);
-    }
-    let seen = || node.stop.run_until_cancelled(node.denials_seen.notified());
-    loop {
-        if let Err(error) = keep(&path, before.all) {
-            tracing::warn!(%error, "the count of refused packets was not kept");
-        }
-        if seen().await.is_none() {
-            return;
-        }
-        let pause = tokio::time::sleep(UNTOLD_PAUSE);
-        node.stop.run_until_cancelled(pause).await;
-        match node.datapath.refusals().await {
-            Ok(now) => {
-                let untold = more(before.untold, now.untold);
-                if untold > 0 {
-                    let reason = "refused packets beyond what is logged of one pod in a second";
-                    node.feed.lapse(reason, untold);
-                }
-                before = now;
-            }
-            Err(error) => tracing::warn!(%error, "the counters of refused packets cannot be read"),
-        }
-    }
-}
-
-/// A counter that is less than before was made anew.
-fn more(before: u64, now: u64) -> u64 {
-    now.checked_sub(before).unwrap_or(now)
-}
-
-fn keep(path: &Path, refused: u64) -> io::Result<()> {
-    let new = path.with_extension("new");
-    fs::write(&new, refused.to_string())?;
-    fs::rename(&new, path)
-}
-
-async fn forward(node: &Node, denials: &mut Denials) {
-    while let Some(next) = node.stop.run_until_cancelled(denials.next()).await {
-        match next {
-            Ok(denied) => {
-                node.metrics.denied_packets.inc_by(denied.count);
-                node.feed.denied(denied);
-                let overruns = denials.overruns();
-                if overruns > 0 {
-                    let reason = "refused packets that came faster than they were read";
-                    node.feed.lapse(reason, overruns);
-                }
-                node.denials_seen.notify_one();
-            }
-            Err(error) => {
-                tracing::error!(%error, "the kernel's denials are interrupted");
-                return;
-            }
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::SystemTime;
+
+    use futures_util::FutureExt;
 
     use super::*;
 
@@ -360,12 +330,28 @@ mod tests {
         }
     }
 
+    /// What the reader is told at once.
+    fn told(changes: &mut Changes) -> Vec<Event> {
+        std::iter::from_fn(|| changes.next().now_or_never().flatten()).collect()
+    }
+
     fn containers(events: &[Event]) -> Vec<&str> {
         let containers = events.iter().filter_map(|event| match event {
             Event::Denied(denied) => Some(denied.container_id.as_str()),
             _ => None,
         });
         containers.collect()
+    }
+
+    /// Packets that the events tell of, by denials and by lapses.
+    fn packets(events: &[Event]) -> (u64, u64) {
+        events
+            .iter()
+            .fold((0, 0), |(denied, lost), event| match event {
+                Event::Denied(it) => (denied + it.count, lost),
+                Event::Lapse(it) => (denied, lost + it.packets),
+                _ => (denied, lost),
+            })
     }
 
     #[test]
@@ -375,14 +361,66 @@ mod tests {
         for _ in 0..KEPT + 10 {
             feed.denied(denied(Cause::Refused));
         }
-        let (_, kept, _receiver) = feed.watch();
-        assert_eq!(kept.len(), KEPT + 1);
-        assert!(
-            matches!(&kept[KEPT], Event::Lapse(Lapse { packets: 30, .. })),
-            "{:?}",
-            kept[KEPT]
-        );
-        assert!(feed.watch().1.is_empty(), "told once");
+        let mut reader = feed.watch();
+        let events = told(&mut reader);
+        assert!(matches!(&events[..2], [Event::Added(_), Event::Synced(_)]));
+        assert_eq!(packets(&events), (3 * KEPT as u64, 30));
+        drop(reader);
+        assert_eq!(packets(&told(&mut feed.watch())), (0, 0), "told once");
+    }
+
+    #[test]
+    fn a_reader_that_is_too_slow_is_told_of_nothing_less_by_its_next_stream() {
+        let feed = Feed::default();
+        let mut slow = feed.watch();
+        for _ in 0..BEHIND + KEPT + 10 {
+            feed.denied(denied(Cause::Refused));
+        }
+        feed.lapse("also", 5);
+        let before = told(&mut slow);
+        assert_eq!(packets(&before), (3 * BEHIND as u64, 0));
+        let ended = slow.next().now_or_never();
+        assert!(matches!(ended, Some(None)), "it is to watch again");
+        drop(slow);
+        let after = told(&mut feed.watch());
+        assert_eq!(packets(&after), (3 * KEPT as u64, 35));
+    }
+
+    #[test]
+    fn what_a_reader_leaves_behind_is_told_to_the_next_unless_another_heard_it() {
+        let feed = Feed::default();
+        feed.denied(denied(Cause::Refused));
+        let mut gone = feed.watch();
+        assert!(matches!(
+            gone.next().now_or_never(),
+            Some(Some(Event::Synced(_)))
+        ));
+        feed.added(&attachment(), pod());
+        feed.denied(denied(Cause::Refused));
+        feed.lapse("a reason", 7);
+        drop(gone);
+        feed.denied(denied(Cause::Spoofed));
+        let mut reader = feed.watch();
+        let events = told(&mut reader);
+        assert!(matches!(
+            &events[..],
+            [
+                Event::Added(_),
+                Event::Synced(_),
+                Event::Denied(_),
+                Event::Denied(_),
+                Event::Lapse(_),
+                Event::Denied(_),
+            ]
+        ));
+
+        // A gate that takes over from another.
+        let old = feed.watch();
+        feed.denied(denied(Cause::Refused));
+        drop(old);
+        assert_eq!(packets(&told(&mut reader)), (3, 0));
+        drop(reader);
+        assert_eq!(packets(&told(&mut feed.watch())), (0, 0), "it was heard");
     }
 
     #[test]
@@ -393,14 +431,14 @@ mod tests {
         feed.removed(&attachment());
         feed.denied(denied(Cause::Refused));
         feed.denied(denied(Cause::Uninvited));
-        assert_eq!(containers(&feed.watch().1), ["c1", "c1", ""]);
+        assert_eq!(containers(&told(&mut feed.watch())), ["c1", "c1", ""]);
         let next = LocalPod {
             container_id: "c2".into(),
             ..pod()
         };
         feed.added(&attachment(), next);
         feed.denied(denied(Cause::Refused));
-        assert_eq!(containers(&feed.watch().1), ["c2"]);
+        assert_eq!(containers(&told(&mut feed.watch())), ["c2"]);
     }
 
     #[test]

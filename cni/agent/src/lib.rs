@@ -2,14 +2,15 @@
 //!
 //! Start, in [`run()`], in this order: who this machine is; the journal; the node's own rules, before
 //! anything else may happen; the pods that outlived the last run; the tombstones that the CNI
-//! executable left; then the sockets open.
+//! executable left; then the sockets open. What runs and is not told of by the journal is left as it
+//! is, and taken over when the control plane names it ([`stranger`]).
 //!
 //! 1. [`node`] holds what all share, and is where a pod's network is described;
 //! 2. [`cni`] serves the runtime's ADD, DEL, CHECK, STATUS and GC, [`attach`] does them;
 //! 3. [`warm`] keeps addresses ready, ahead of the pods, and holds the pool against EC2;
 //! 4. [`policy`] keeps what the control plane says of this node's pods, on disk too, and [`apply`]
 //!    carries it to pods that run;
-//! 5. [`feed`] tells the gate who has which address here, and what the kernel denied;
+//! 5. [`feed`] tells the gate who has which address here, and what the kernel denied ([`denials`]);
 //! 6. [`install`] puts the CNI executable and its configuration where the runtime looks for them;
 //! 7. [`http`] shows metrics and the pool.
 //!
@@ -20,6 +21,7 @@ pub mod attach;
 pub mod clock;
 pub mod cni;
 pub mod config;
+pub mod denials;
 pub mod feed;
 pub mod flight;
 pub mod guard;
@@ -33,6 +35,7 @@ pub mod policy;
 pub mod restore;
 mod run;
 pub mod sockets;
+pub mod stranger;
 pub mod tombstones;
 pub mod warm;
 

@@ -9,6 +9,8 @@ use crate::{
     apply, attach,
     node::{Node, note_of},
     note::Note,
+    stranger,
+    tombstones::{self, Tombstone},
 };
 
 /// Brings journal and kernel together, before any request is served.
@@ -43,6 +45,8 @@ pub async fn restore(node: &Arc<Node>) -> Result<(), Error> {
     report(&outcome.findings);
     forget_idle(node, &alive).await;
     adopt(node, &alive).await;
+    stranger::report(node);
+    stranger::recognise(node).await;
     if node.datapath.began_bare() && !alive.is_empty() {
         tracing::error!(
             "there were pods, but no rules: somebody took them while no agent was here"
@@ -54,13 +58,15 @@ pub async fn restore(node: &Arc<Node>) -> Result<(), Error> {
     Ok(())
 }
 
-/// A link whose ADD was never acknowledged: ours, but without an end to its ADD on record.
+/// A link whose ADD was never acknowledged: ours, but without an end to its ADD on record, where the
+/// record would have it. Of a stranger it would not, and a note that cannot be read is one.
 fn is_half(found: &Found, leases: &[Lease]) -> bool {
     match &found.container_id {
         None => !found.up,
-        Some(id) => leases
-            .iter()
-            .any(|lease| lease.holder.attachment.container_id == *id && note_of(lease).is_none()),
+        Some(id) => leases.iter().any(|lease| {
+            let Lease { holder, note, .. } = lease;
+            holder.attachment.container_id == *id && note.is_none() && !holder.is_stranger()
+        }),
     }
 }
 
@@ -125,7 +131,7 @@ async fn adopt(node: &Node, alive: &[Found]) {
 /// Does what was left to do while nobody was there. `Err`: the folder cannot be read.
 pub async fn bury(node: &Arc<Node>) -> std::io::Result<()> {
     for (path, tombstone) in node.tombstones.read()? {
-        let crate::tombstones::Tombstone {
+        let Tombstone {
             container_id,
             ifname,
             ..
@@ -135,7 +141,9 @@ pub async fn bury(node: &Arc<Node>) -> std::io::Result<()> {
             ifname,
         };
         tracing::info!(%attachment, "deleted, as a tombstone says");
-        attach::bury(node, &attachment, &path).await;
+        // An ADD may have been there before and have done it.
+        let _turn = node.flights.end(&attachment).await;
+        tombstones::fulfil(&path, attach::detach(node, &attachment)).await;
     }
     Ok(())
 }
@@ -181,6 +189,8 @@ pub fn report(findings: &[Finding]) {
 
 #[cfg(test)]
 mod tests {
+    use turnpike_ipam::{Attachment, EniId, Holder, Moment, PodRef};
+
     use super::*;
 
     fn found(container_id: Option<&str>, up: bool) -> Found {
@@ -188,8 +198,28 @@ mod tests {
             container_id: container_id.map(str::to_owned),
             host_interface: "eni1".into(),
             host_mac: "02:00:00:00:00:01".parse().unwrap(),
+            pod_mac: None,
+            mtu: 9001,
             up,
             addresses: Vec::new(),
+        }
+    }
+
+    fn lease(netns: &str, note: Option<&str>) -> Lease {
+        Lease {
+            holder: Holder {
+                attachment: Attachment {
+                    container_id: "c".into(),
+                    ifname: "eth0".into(),
+                },
+                network: "turnpike".into(),
+                pod: PodRef::default(),
+                netns: netns.into(),
+            },
+            address: [10, 0, 0, 5].into(),
+            eni: EniId::new("eni-1"),
+            at: Moment(1),
+            note: note.map(str::to_owned),
         }
     }
 
@@ -200,6 +230,16 @@ mod tests {
         assert!(
             !is_half(&found(Some("c"), true), &[]),
             "the journal was lost, the pod lives"
+        );
+        let half = |lease| is_half(&found(Some("c"), true), &[lease]);
+        assert!(half(lease("/run/netns/c", None)), "its ADD never ended");
+        assert!(
+            !half(lease("", None)),
+            "the journal was lost before the last start"
+        );
+        assert!(
+            !half(lease("/run/netns/c", Some("of another version"))),
+            "its ADD ended"
         );
     }
 }

@@ -22,7 +22,8 @@ use crate::{
     clock::{self, Clock},
     cni::CniService,
     config::Settings,
-    feed::{self, FeedService},
+    denials,
+    feed::FeedService,
     guard,
     http::{self, Show},
     identity::{Identity, IdentityError},
@@ -288,10 +289,18 @@ fn background<C: Cloud>(node: &Arc<Node>, cloud: C, tasks: &mut Tasks) {
     if let Some(folders) = node.settings.install.clone() {
         tasks.spawn("the CNI's files", install::keep(Arc::clone(node), folders));
     }
+    let parts = Arc::clone(node);
+    tasks.spawn("the journal's writer", async move {
+        parts.stop.run_until_cancelled(parts.store.ended()).await;
+    });
+    let parts = Arc::clone(node);
+    tasks.spawn("a writer of the kernel's rules and links", async move {
+        parts.stop.run_until_cancelled(parts.datapath.ended()).await;
+    });
     tasks.spawn("policy to pods", apply::run(Arc::clone(node)));
     tasks.spawn("policy to disk", policy::keep(Arc::clone(node)));
-    tasks.spawn("denials", feed::forward_denials(Arc::clone(node)));
-    tasks.spawn("untold denials", feed::tell_untold(Arc::clone(node)));
+    tasks.spawn("denials", denials::forward(Arc::clone(node)));
+    tasks.spawn("untold denials", denials::tell_untold(Arc::clone(node)));
     tasks.spawn("the watch over the rules", guard::keep(Arc::clone(node)));
     let confirming = Arc::clone(node);
     tasks.spawn("what only the disk says", async move {

@@ -70,9 +70,9 @@ impl Tombstones {
         Ok(found)
     }
 
-    /// Removes the attachment's, if there is one.
-    pub fn take(&self, attachment: &Attachment) -> bool {
-        fs::remove_file(self.folder.join(name(attachment))).is_ok()
+    /// Where the attachment's is, if there is one.
+    pub fn of(&self, attachment: &Attachment) -> PathBuf {
+        self.folder.join(name(attachment))
     }
 
     /// Leaves one for the next time.
@@ -90,6 +90,17 @@ impl Tombstones {
         let new = self.folder.join(format!(".{name}"));
         fs::write(&new, serde_json::to_vec(&tombstone)?)?;
         fs::rename(&new, self.folder.join(name))
+    }
+}
+
+/// Does the DEL that the tombstone asks for, if it still stands, and takes it away when `del` says that
+/// all of it is done: who is killed in between does it again.
+pub async fn fulfil(tombstone: &Path, del: impl Future<Output = bool>) {
+    if !tombstone.exists() || !del.await {
+        return;
+    }
+    if let Err(error) = fs::remove_file(tombstone) {
+        tracing::error!(path = %tombstone.display(), %error, "a tombstone stays though it is done");
     }
 }
 
@@ -141,7 +152,30 @@ mod tests {
         let found = tombstones.read().unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].1.container_id, "../c/1");
-        assert!(tombstones.take(&attachment) && !tombstones.take(&attachment));
+        assert_eq!(found[0].0, tombstones.of(&attachment));
         assert!(folder.path().join("removed/x.unreadable").exists());
+    }
+
+    #[tokio::test]
+    async fn a_tombstone_stands_until_its_del_is_done_and_is_done_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let tombstones = Tombstones::beside(&folder.path().join("cni.sock")).unwrap();
+        let attachment = Attachment {
+            container_id: "c1".into(),
+            ifname: "eth0".into(),
+        };
+        tombstones.leave(&attachment).unwrap();
+        let tombstone = tombstones.of(&attachment);
+        for done in [false, true] {
+            let mut stood = false;
+            let del = async {
+                stood = tombstone.exists();
+                done
+            };
+            fulfil(&tombstone, del).await;
+            assert!(stood, "killed meanwhile, nobody would do it again");
+            assert_eq!(tombstone.exists(), !done);
+        }
+        fulfil(&tombstone, async { panic!("an ADD has done it") }).await;
     }
 }

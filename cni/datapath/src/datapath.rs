@@ -13,7 +13,7 @@ use crate::{
     Applied, ApplyError, Counts, Eni, Error, Found, Mac, NodePlan, PodPlan, PodPolicy, Refusals,
     Removal, RemoveError, counts,
     host::Host,
-    links::{Link, Route},
+    links::{self, Link, Neighbour, Route},
     marks, node, pod,
     ruleset::{Edit, Ruleset},
     sysctl::Sysctls,
@@ -178,8 +178,11 @@ impl Datapath {
                     let found = Route::all(rtnl, v6, marks::PODS_TABLE);
                     routes.extend(found.map_err(Error::kernel("listing the routes to pods"))?);
                 }
+                let neighbours = links::permanent_neighbours(rtnl)
+                    .map_err(Error::kernel("listing the pods' neighbours"))?;
                 let links = Link::all(rtnl)?.into_iter().filter(is_pods);
-                Ok(links.filter_map(|link| found(link, &routes)).collect())
+                let found = links.filter_map(|link| found(link, &routes, &neighbours));
+                Ok(found.collect())
             })
             .await
     }
@@ -236,6 +239,15 @@ impl Datapath {
             .map_err(|_| Error::Closed)?
     }
 
+    /// Returns when this can change the kernel no more: a part of it broke. What stands stays, and
+    /// a new process takes it over.
+    pub async fn ended(&self) {
+        tokio::select! {
+            () = self.host.ended() => {}
+            () = self.ruleset.ended() => {}
+        }
+    }
+
     /// Whether there were no rules at all when this was opened.
     pub fn began_bare(&self) -> bool {
         self.ruleset.began_bare
@@ -249,8 +261,12 @@ fn is_pods(link: &Link) -> bool {
     link.veth && (named || link.alias.as_deref().and_then(pod::container_in).is_some())
 }
 
-fn found(link: Link, routes: &[Route]) -> Option<Found> {
+fn found(link: Link, routes: &[Route], neighbours: &[Neighbour]) -> Option<Found> {
     let mine = routes.iter().filter(|route| route.index == link.index);
+    let addresses: Vec<_> = mine.filter_map(|route| route.to).collect();
+    let pod = neighbours
+        .iter()
+        .find(|neighbour| neighbour.index == link.index && addresses.contains(&neighbour.address));
     Some(Found {
         container_id: link
             .alias
@@ -258,8 +274,10 @@ fn found(link: Link, routes: &[Route]) -> Option<Found> {
             .and_then(pod::container_in)
             .map(str::to_owned),
         host_mac: link.mac?,
+        pod_mac: pod.map(|neighbour| neighbour.mac),
+        mtu: link.mtu,
         up: link.up,
-        addresses: mine.filter_map(|route| route.to).collect(),
+        addresses,
         host_interface: link.name,
     })
 }

@@ -51,6 +51,7 @@ mod pod;
 mod ruleset;
 mod sysctl;
 mod watch;
+mod worker;
 
 pub use counts::{Count, Counts, Refusals};
 pub use datapath::Datapath;

@@ -194,6 +194,52 @@ pub(crate) fn permanent_neighbour(index: u32, address: IpAddr, mac: Mac) -> Rout
     RouteNetlinkMessage::NewNeighbour(message)
 }
 
+/// Whose hardware address stands for an address on a link, because somebody said so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Neighbour {
+    pub(crate) index: u32,
+    pub(crate) address: IpAddr,
+    pub(crate) mac: Mac,
+}
+
+impl Neighbour {
+    fn read(message: &NeighbourMessage) -> Option<Self> {
+        let (mut address, mut mac) = (None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                    address = Some(IpAddr::V4(*v4));
+                }
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                    address = Some(IpAddr::V6(*v6));
+                }
+                NeighbourAttribute::LinkLayerAddress(bytes) => mac = Mac::try_from(&bytes[..]).ok(),
+                _ => {}
+            }
+        }
+        Some(Self {
+            index: message.header.ifindex,
+            address: address?,
+            mac: mac?,
+        })
+    }
+}
+
+/// All of them, of every link.
+pub(crate) fn permanent_neighbours(rtnl: &mut Rtnl) -> io::Result<Vec<Neighbour>> {
+    let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+    let found = rtnl.ask(true, all)?.into_iter();
+    let permanent = found.filter_map(|message| match message {
+        RouteNetlinkMessage::NewNeighbour(message)
+            if message.header.state == NeighbourState::Permanent =>
+        {
+            Neighbour::read(&message)
+        }
+        _ => None,
+    });
+    Ok(permanent.collect())
+}
+
 /// A route as this crate makes and finds them. `to` None: the default.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Route {

@@ -200,6 +200,9 @@ pub struct Found {
     pub container_id: Option<String>,
     pub host_interface: String,
     pub host_mac: Mac,
+    /// Of the pod's end, as the host's was told; None: not ours, or its ADD never ended.
+    pub pod_mac: Option<Mac>,
+    pub mtu: u32,
     pub up: bool,
     /// Addresses routed to it.
     pub addresses: Vec<IpAddr>,

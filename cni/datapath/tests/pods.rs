@@ -92,6 +92,10 @@ fn removal_leaves_nothing_and_may_be_repeated() {
         .unwrap();
     assert_eq!(Removal::from(one), Removal::from(&applied[1]));
     assert!(one.up);
+    assert_eq!(
+        (one.pod_mac, one.mtu),
+        (Some(applied[1].pod_mac), applied[1].mtu)
+    );
 
     // Half of them with the namespace gone first, as some runtimes do; all at once.
     drop(pods.split_off(10));

@@ -166,6 +166,8 @@ impl Pool {
             Action::Delete { eni } => {
                 if let Some(interface) = self.enis.get_mut(eni) {
                     interface.leaving = true;
+                    // Its routes go first, and do not come back by themselves if EC2 refuses.
+                    interface.ready = false;
                 }
             }
             Action::Assign { .. } | Action::Reclaim { .. } | Action::Create { .. } => {}

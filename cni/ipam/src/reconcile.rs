@@ -77,8 +77,9 @@ pub enum Finding {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     pub findings: Vec<Finding>,
-    /// New to the pool: they need a link, a table and rules before [`Pool::ready`].
-    pub new_enis: Vec<Eni>,
+    /// Attached and to stay, but not [`ready`](Pool::ready): they need a link, a table and rules.
+    /// New ones, and ones whose deletion did not come about.
+    pub unready: Vec<Eni>,
 }
 
 impl Pool {
@@ -121,6 +122,12 @@ impl Pool {
         self.missing_enis(&listed, view.asked_at, log, &mut outcome);
         self.resolve(view, &listed, now, log);
         self.follow_kernel(live, LOOKS, now, log, &mut outcome);
+        let unready = self
+            .enis
+            .values()
+            .filter(|it| !it.ready && !it.leaving && it.misses == 0)
+            .filter(|it| listed.contains_key(&it.eni.id));
+        outcome.unready = unready.map(|it| it.eni.clone()).collect();
         outcome
     }
 
@@ -165,7 +172,6 @@ impl Pool {
                 },
                 log,
             );
-            outcome.new_enis.push(eni.clone());
         }
         self.unlisted(listed, asked_at, log);
         self.strange(listed, first, now, log, outcome);

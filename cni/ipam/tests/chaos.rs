@@ -427,7 +427,7 @@ impl World {
         let (live, mut log) = (self.live(), Vec::new());
         let outcome = self.pool.reconcile(&view, &live, self.now, &mut log);
         outcome
-            .new_enis
+            .unready
             .iter()
             .for_each(|eni| self.pool.ready(&eni.id));
         self.log(log);

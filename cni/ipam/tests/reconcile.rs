@@ -221,6 +221,40 @@ fn an_interface_with_pods_is_kept_and_one_without_is_given_up() {
     assert_eq!(enis, [0, 1]);
 }
 
+/// The routes of an interface go before EC2 is asked to take it.
+#[test]
+fn an_interface_that_ec2_did_not_take_gives_no_address_before_it_is_ready_again() {
+    for answered in [true, false] {
+        let mut case = Case::new(&[]);
+        let both = || vec![listed(0, &[]), listed(1, &[1])];
+        let outcome = case.look(both(), at(1));
+        assert_eq!(outcome.unready, [eni(1)], "new");
+        case.pool.ready(&eni(1).id);
+        // Its address came unasked: two more looks clear it.
+        for minute in 2..4 {
+            assert_eq!(case.look(both(), at(minute)).unready, []);
+        }
+        assert_eq!(case.allocatable(at(4)), 1);
+        let mut log = Vec::new();
+        let delete = Action::Delete { eni: eni(1).id };
+        let intent = case.pool.begin(delete, "t".into(), at(4), &mut log);
+        let id = intent.expect("no pod has an address of it").id;
+        assert_eq!(case.look(both(), at(4)).unready, [], "on its way");
+        if answered {
+            case.pool.fail(id, Duration::ZERO, at(5), &mut log);
+        } else {
+            case.pool.unknown(id);
+            let outcome = case.look(both(), at(5));
+            assert_eq!(outcome.unready, [], "EC2's answer may be an old one");
+        }
+        assert_eq!(case.allocatable(at(6)), 0, "it has no routes");
+        assert_eq!(case.look(both(), at(6)).unready, [eni(1)]);
+        assert_eq!(case.allocatable(at(6)), 0, "nor has it now");
+        case.pool.ready(&eni(1).id);
+        assert_eq!(case.add("a", at(6)), address(1));
+    }
+}
+
 #[test]
 fn an_interface_that_hangs_on_nothing_is_deleted_when_it_is_no_attach_under_way() {
     let mut case = Case::new(&[1]);

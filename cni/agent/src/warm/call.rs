@@ -306,7 +306,8 @@ impl<C: Cloud> Caller<C> {
         waited.unwrap_or(Err(CallError::Slow(otherwise, within)))
     }
 
-    /// Routes first, then EC2; what is gone already is fine.
+    /// Routes first, then EC2; what is gone already is fine. One that EC2 keeps is laid again by the
+    /// look that follows a failure.
     async fn delete(&self, eni: &EniId) -> Result<Gain, CallError> {
         let interface = match self.interface(eni.as_str()).await {
             Err(CallError::Cloud(CloudError::NotFound { .. })) => return Ok(Gain::default()),
@@ -384,21 +385,26 @@ fn judge(error: &CallError) -> (Duration, bool) {
     }
 }
 
-/// Lays the interface's link, table and rules, then lets its addresses be given out.
-pub(super) async fn ready_link(node: &Node, eni: &Eni) -> Result<(), DatapathError> {
-    if let Some(plan) = datapath_eni(eni, node.settings.eni_mtu) {
-        let wait = async {
-            loop {
-                match node.datapath.attach_eni(&plan).await {
-                    Err(DatapathError::NoSuchEni { .. }) => tokio::time::sleep(POLL).await,
-                    done => return done,
-                }
+/// Waits for the interface's link and lays it.
+async fn ready_link(node: &Node, eni: &Eni) -> Result<(), DatapathError> {
+    let wait = async {
+        loop {
+            match lay(node, eni).await {
+                Err(DatapathError::NoSuchEni { .. }) => tokio::time::sleep(POLL).await,
+                done => return done,
             }
-        };
-        let timeout = DatapathError::NoSuchEni { mac: plan.mac };
-        tokio::time::timeout(LINK, wait)
-            .await
-            .unwrap_or(Err(timeout))?;
+        }
+    };
+    match tokio::time::timeout(LINK, wait).await {
+        Ok(done) => done,
+        Err(_) => lay(node, eni).await,
+    }
+}
+
+/// Lays the interface's link, table and rules, then lets its addresses be given out.
+pub(super) async fn lay(node: &Node, eni: &Eni) -> Result<(), DatapathError> {
+    if let Some(plan) = datapath_eni(eni, node.settings.eni_mtu) {
+        node.datapath.attach_eni(&plan).await?;
     }
     node.store.ready(&eni.id);
     Ok(())

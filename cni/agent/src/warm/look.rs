@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::Ipv4Net;
 use turnpike_cloud::{AttachmentState, Cloud, CloudError, Interface};
 use turnpike_datapath::Error as DatapathError;
-use turnpike_ipam::{Eni, EniId, EniView, View};
+use turnpike_ipam::{Eni, EniId, EniView, Finding, View};
 
-use super::{call::ready_link, count};
+use super::{call::lay, count};
 use crate::{node::Node, restore};
 
 pub(super) const INSTANCE_TAG: &str = "node.k8s.amazonaws.com/instance_id";
@@ -22,8 +22,9 @@ pub(super) enum LookError {
     Kernel(#[from] DatapathError),
 }
 
-/// Holds the pool against EC2 and the kernel.
-pub(super) async fn look<C: Cloud>(node: &Node, cloud: &C) -> Result<(), LookError> {
+/// Holds the pool against EC2 and the kernel. False: an interface that is attached cannot be used
+/// yet, so another look should come soon.
+pub(super) async fn look<C: Cloud>(node: &Node, cloud: &C) -> Result<bool, LookError> {
     let asked_at = node.now();
     let view = View {
         asked_at,
@@ -40,15 +41,21 @@ pub(super) async fn look<C: Cloud>(node: &Node, cloud: &C) -> Result<(), LookErr
         tracing::error!(%error, "what EC2 said is not on record");
     }
     restore::report(&outcome.findings);
-    for eni in &outcome.new_enis {
-        if let Err(error) = ready_link(node, eni).await {
+    let mut all_usable = true;
+    for eni in &outcome.unready {
+        if let Err(error) = lay(node, eni).await {
             tracing::error!(eni = %eni.id, %error, "an attached interface cannot be used");
+            all_usable = false;
         }
+    }
+    let adopted = |finding: &Finding| matches!(finding, Finding::Adopted { .. });
+    if outcome.findings.iter().any(adopted) {
+        node.policy_wanted.notify_one();
     }
     if !node.warmed.send_replace(true) {
         tracing::info!(enis = view.enis.len(), "EC2 was heard");
     }
-    Ok(())
+    Ok(all_usable)
 }
 
 async fn enis<C: Cloud>(node: &Node, cloud: &C) -> Result<Vec<EniView>, CloudError> {

@@ -5,6 +5,7 @@
 //! that did not come or that says our view is old.
 
 mod call;
+mod calls;
 mod look;
 
 use std::{
@@ -13,42 +14,39 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    task::JoinSet,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 use turnpike_cloud::{Cloud, CloudError};
 use turnpike_ipam::{Action, Intent, IntentId};
+use turnpike_wire::backoff::Backoff;
 
+use self::calls::Calls;
 use crate::{node::Node, restore};
 
 const PLAN_EVERY: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// Between looks that were asked for out of turn.
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
+/// After a look that failed, at most, and twice as long after each further one: EC2 throttles the
+/// whole account, and every node of a cluster would ask at the same time.
+const LOOK_RETRY: Duration = Duration::from_secs(4);
 const BURY_EVERY: Duration = Duration::from_secs(30);
 
 /// Runs until the node stops; calls under way are left to finish or to the next start.
 pub async fn run<C: Cloud>(node: Arc<Node>, cloud: Arc<C>) {
     let caller = Arc::new(call::Caller::new(Arc::clone(&node), Arc::clone(&cloud)));
-    let mut calls: JoinSet<Done> = JoinSet::new();
+    let mut calls = Calls::default();
     // Nothing is asked for before EC2 has said what is there.
     let mut looked = false;
-    let mut next_look = Instant::now();
+    let mut looks = Looks::new();
     let mut next_bury = Instant::now() + BURY_EVERY;
     loop {
-        if Instant::now() >= next_look {
-            let pause = match look::look(&node, &*cloud).await {
-                Ok(()) => {
-                    looked = true;
-                    LOOK_EVERY
-                }
-                Err(error) => {
-                    tracing::error!(%error, "EC2 could not be looked at; the pool is as it was");
-                    LOOK_PAUSE
-                }
-            };
-            next_look = Instant::now() + pause;
+        if looks.is_due() {
+            let seen = look::look(&node, &*cloud).await;
+            if let Err(error) = &seen {
+                tracing::error!(%error, "EC2 could not be looked at; the pool is as it was");
+            }
+            looked |= seen.is_ok();
+            looks.done(seen.unwrap_or(false));
         }
         if Instant::now() >= next_bury {
             if let Err(error) = restore::bury(&node).await {
@@ -60,23 +58,64 @@ pub async fn run<C: Cloud>(node: Arc<Node>, cloud: Arc<C>) {
             for intent in due(&node).await {
                 let caller = Arc::clone(&caller);
                 node.metrics.actions.inc();
-                calls.spawn(async move { caller.run(intent).await });
+                calls.spawn(intent.id, async move { caller.run(intent).await });
             }
         }
         tokio::select! {
             () = node.stop.cancelled() => return,
             () = node.pool_wanted.notified() => {}
-            Some(done) = calls.join_next() => {
+            Some(ended) = calls.next() => {
                 node.metrics.actions.dec();
-                match done {
-                    Ok(Done { look_again: true }) => {
-                        next_look = next_look.min(Instant::now() + LOOK_PAUSE);
-                    }
-                    Ok(Done { look_again: false }) => {}
-                    Err(error) => tracing::error!(%error, "a call to EC2 broke off"),
+                let done = match ended {
+                    Ok(done) => done,
+                    Err(broke_off) => broke_off.leave_to_look(&node.store, node.now()).await,
+                };
+                if done.look_again {
+                    looks.hasten();
                 }
             }
-            () = sleep_until(next_look.min(Instant::now() + PLAN_EVERY)) => {}
+            () = sleep_until(looks.next.min(Instant::now() + PLAN_EVERY)) => {}
+        }
+    }
+}
+
+/// When EC2 is looked at.
+#[derive(Debug)]
+struct Looks {
+    next: Instant,
+    /// The last one failed, or found what it could not set right.
+    failing: bool,
+    backoff: Backoff,
+}
+
+impl Looks {
+    fn new() -> Self {
+        Self {
+            next: Instant::now(),
+            failing: false,
+            backoff: Backoff::new(LOOK_RETRY, LOOK_EVERY),
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        Instant::now() >= self.next
+    }
+
+    fn done(&mut self, well: bool) {
+        self.failing = !well;
+        let pause = if well {
+            self.backoff.reset();
+            LOOK_EVERY
+        } else {
+            self.backoff.next_pause()
+        };
+        self.next = Instant::now() + pause;
+    }
+
+    /// Out of turn, unless EC2 has just failed to answer one.
+    fn hasten(&mut self) {
+        if !self.failing {
+            self.next = self.next.min(Instant::now() + LOOK_PAUSE);
         }
     }
 }
@@ -162,5 +201,32 @@ fn count(node: &Node, api: &'static str, error: Option<&CloudError>) {
             error: error.kind(),
         };
         node.metrics.api_errors.get_or_create(&call).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn looks_that_fail_become_rarer_and_one_that_does_not_begins_anew() {
+        let mut looks = Looks::new();
+        assert!(looks.is_due());
+        let fail = |looks: &mut Looks| {
+            looks.done(false);
+            // What else fails meanwhile hastens nothing.
+            looks.hasten();
+            looks.next - Instant::now()
+        };
+        let pauses: Vec<_> = (0..8).map(|_| fail(&mut looks)).collect();
+        assert!(pauses[0] >= LOOK_RETRY / 2, "{pauses:?}");
+        assert!(pauses[0] <= LOOK_RETRY, "{pauses:?}");
+        assert!(pauses[7] >= LOOK_EVERY / 2, "{pauses:?}");
+        assert!(pauses.iter().all(|it| *it <= LOOK_EVERY), "{pauses:?}");
+        looks.done(true);
+        assert_eq!(looks.next - Instant::now(), LOOK_EVERY);
+        looks.hasten();
+        assert_eq!(looks.next - Instant::now(), LOOK_PAUSE);
+        assert!(fail(&mut looks) <= LOOK_RETRY);
     }
 }

@@ -16,18 +16,15 @@ use std::{
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
-use tokio::sync::{mpsc, oneshot};
-use tracing::{error, warn};
+use tracing::warn;
 use turnpike_rules::pod::InboundPort;
 
 use self::elements::{Element, Owner, PodRules, Shares};
 pub(crate) use self::text::Base;
-use crate::{Error, PodPolicy, Removal, nft};
-
-/// Callers that may wait for the writer before the next one waits to be let in.
-const WAITING: usize = 256;
-/// Callers that share a transaction.
-const SHARED: usize = 64;
+use crate::{
+    Error, PodPolicy, Removal, nft,
+    worker::{Job, Worker},
+};
 
 /// A wish for the ruleset.
 #[derive(Debug)]
@@ -58,48 +55,24 @@ pub(crate) enum Edit {
     Repair,
 }
 
-/// The writer's mailbox. The writer ends when the last one is gone.
+/// The way to the writer.
 #[derive(Clone, Debug)]
 pub(crate) struct Ruleset {
-    jobs: mpsc::Sender<Job>,
+    writer: Worker<Edit>,
     pub(crate) began_bare: bool,
     /// What stood when this began.
     stood: Arc<BTreeSet<Element>>,
-}
-
-#[derive(Debug)]
-struct Job {
-    edit: Edit,
-    done: oneshot::Sender<Result<(), Error>>,
 }
 
 impl Ruleset {
     /// Lays the base over whatever stands, keeping the elements, and starts the writer.
     pub(crate) async fn open(base: Base) -> Result<Self, Error> {
         let writer = tokio::task::spawn_blocking(move || Writer::open(base));
-        let mut writer = writer.await.map_err(|_| Error::Closed)??;
+        let writer = writer.await.map_err(|_| Error::Closed)??;
         let stood = Arc::new(writer.shares.elements().cloned().collect::<BTreeSet<_>>());
         let began_bare = stood.is_empty();
-        let (jobs, mut waiting) = mpsc::channel(WAITING);
-        tokio::spawn(async move {
-            let mut batch: Vec<Job> = Vec::with_capacity(SHARED);
-            while waiting.recv_many(&mut batch, SHARED).await > 0 {
-                let work = std::mem::take(&mut batch);
-                let served = tokio::task::spawn_blocking(move || {
-                    writer.serve(work);
-                    writer
-                });
-                match served.await {
-                    Ok(back) => writer = back,
-                    Err(reason) => {
-                        error!(%reason, "the ruleset's writer is lost; restart the agent");
-                        return;
-                    }
-                }
-            }
-        });
         Ok(Self {
-            jobs,
+            writer: Worker::start(writer, Writer::serve),
             began_bare,
             stood,
         })
@@ -126,12 +99,12 @@ impl Ruleset {
 
     /// Returns when the kernel has it.
     pub(crate) async fn edit(&self, edit: Edit) -> Result<(), Error> {
-        let (done, outcome) = oneshot::channel();
-        self.jobs
-            .send(Job { edit, done })
-            .await
-            .map_err(|_| Error::Closed)?;
-        outcome.await.map_err(|_| Error::Closed)?
+        self.writer.ask(edit).await
+    }
+
+    /// Returns when rules can be changed no more.
+    pub(crate) async fn ended(&self) {
+        self.writer.ended().await;
     }
 }
 
@@ -169,10 +142,9 @@ impl Writer {
     }
 
     /// One transaction for all; if it fails, one for each, so that nobody fails for another's sake.
-    fn serve(&mut self, jobs: Vec<Job>) {
+    fn serve(&mut self, jobs: Vec<Job<Edit>>) {
         let (edits, waiting): (Vec<_>, Vec<_>) =
-            jobs.into_iter().map(|job| (job.edit, job.done)).unzip();
-        // Whoever stopped waiting is not told.
+            jobs.into_iter().map(|job| (job.wish, job.done)).unzip();
         if edits.len() > 1 && self.attempt(&edits).is_ok() {
             waiting.into_iter().for_each(|done| drop(done.send(Ok(()))));
             return;

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpStream},
     path::{Path, PathBuf},
     process::Child,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, sync::Notify, task::JoinHandle};
 use tonic::transport::Endpoint;
+use turnpike_ipam::{Record, decode, encode};
 use turnpike_rules::pod::PodNetwork;
 use turnpike_vpc::{
     netns::{Command, Namespace, Output},
@@ -33,7 +34,7 @@ use turnpike_wire::{
     node::{FeedEvent, WatchRequest, feed_client::FeedClient, feed_event::Event},
 };
 
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(120);
 const GRACE: Duration = Duration::from_secs(2);
 /// Two cores carry one box at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -43,7 +44,7 @@ pub(crate) struct Rig {
     pub(crate) node: Namespace,
     pub(crate) control: Namespace,
     pub(crate) folder: TempDir,
-    environment: Vec<(&'static str, String)>,
+    environment: BTreeMap<&'static str, String>,
     /// What the agent has from its next start on.
     pub(crate) capabilities: Vec<&'static str>,
     pub(crate) agent: Option<Child>,
@@ -170,6 +171,25 @@ impl Rig {
         };
         rig.start();
         rig
+    }
+
+    /// From the agent's next start on.
+    pub(crate) fn set(&mut self, key: &'static str, value: &str) {
+        self.environment.insert(key, value.to_owned());
+    }
+
+    /// Changes what is on record. The agent must not run.
+    pub(crate) fn edit_journal(&self, mut edit: impl FnMut(&mut Record)) {
+        let path = self.path("state/pool.journal");
+        let bytes = fs::read(&path).unwrap();
+        let (records, end, _) = decode(&bytes);
+        assert_eq!(end, bytes.len(), "it is whole");
+        let mut edited = Vec::new();
+        for mut record in records {
+            edit(&mut record);
+            encode(&record, &mut edited);
+        }
+        fs::write(&path, edited).unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -358,12 +378,17 @@ impl Rig {
             .lines()
             .filter_map(|line| line.split(": ").nth(1))
             .collect();
+        // Whose refused packets were logged lately, the kernel forgets by itself.
+        let lately =
+            |line: &&str| line.trim().starts_with("elements") && line.contains("limit rate");
+        let rules = show("nft", &["-s", "list", "ruleset"]);
+        let rules: Vec<_> = rules.lines().filter(|line| !lately(line)).collect();
         [
             names.join("\n"),
             show("ip", &["route", "show", "table", "all"]),
             show("ip", &["rule"]),
             show("ip", &["neigh", "show", "nud", "permanent"]),
-            show("nft", &["-s", "list", "ruleset"]),
+            rules.join("\n"),
         ]
         .join("\n---\n")
     }
@@ -461,27 +486,4 @@ pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
         thread::sleep(Duration::from_millis(50));
     }
-}
-
-/// One line from the client to the server and back, over TCP.
-pub(crate) fn talk(from: &Namespace, to: &Namespace, address: Ipv4Addr) -> std::io::Result<IpAddr> {
-    let listener = to
-        .run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))
-        .unwrap()?;
-    let port = listener.local_addr()?.port();
-    let server = thread::spawn(move || {
-        let (mut stream, peer) = listener.accept()?;
-        stream.write_all(b"hello")?;
-        Ok::<_, std::io::Error>(peer.ip())
-    });
-    let heard = from.run(move || {
-        let to = SocketAddr::from((address, port));
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok::<_, std::io::Error>(text)
-    });
-    let text = heard.unwrap()?;
-    assert_eq!(text, "hello");
-    server.join().expect("the server does not panic")
 }
