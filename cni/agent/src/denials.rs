@@ -7,7 +7,8 @@ use turnpike_datapath::Denials;
 use crate::node::Node;
 
 const REOPEN_PAUSE: Duration = Duration::from_secs(1);
-/// The rules' count of refused packets as it was when it was last looked at.
+/// Of the rules' count of refused packets, as it was when it was last looked at, those that the gate
+/// was told of. The rest, an agent that ends takes with it, and the next one tells how many they were.
 const REFUSED: &str = "refused";
 const UNTOLD_PAUSE: Duration = Duration::from_secs(2);
 
@@ -33,16 +34,19 @@ pub async fn tell_untold(node: Arc<Node>) {
         .and_then(|text| text.parse().ok());
     let away = known.map_or(0, |known| more(known, before.all));
     if away > 0 {
-        let reason = "refused packets while the agent was away, at most";
+        let reason = "refused packets while the agent was away, or told to nobody before, at most";
         node.feed.lapse(reason, away);
     }
-    let seen = || node.stop.run_until_cancelled(node.denials_seen.notified());
     loop {
-        if let Err(error) = keep(&path, before.all) {
+        let told = before.all.saturating_sub(node.feed.untold());
+        if let Err(error) = keep(&path, told) {
             tracing::warn!(%error, "the count of refused packets was not kept");
         }
-        if seen().await.is_none() {
-            return;
+        tokio::select! {
+            biased;
+            () = node.stop.cancelled() => return,
+            () = node.denials_seen.notified() => {}
+            () = node.feed.passed_on() => continue,
         }
         let pause = tokio::time::sleep(UNTOLD_PAUSE);
         node.stop.run_until_cancelled(pause).await;

@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::{Request, Response, Status};
 use turnpike_datapath::{Cause, Denied, PodKey};
 use turnpike_ipam::Attachment;
@@ -32,10 +32,11 @@ const KEPT: usize = 4096;
 /// Host sides of veths whose pods are gone, kept to know whose last packets are told late.
 const DEPARTED: usize = 1024;
 
-/// The pods as the gate should know them, and the streams of changes.
-#[derive(Debug, Default)]
+/// The pods as the gate should know them, and the streams of changes. All clones are one.
+#[derive(Clone, Debug, Default)]
 pub struct Feed {
     known: Arc<Mutex<Known>>,
+    passed_on: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +110,18 @@ impl Feed {
         self.known.lock().tell(event);
     }
 
+    /// Refused packets that no reader has been told of yet.
+    pub fn untold(&self) -> u64 {
+        let known = self.known.lock();
+        let kept: u64 = known.kept.iter().map(packets).sum();
+        kept.saturating_add(known.lost)
+    }
+
+    /// Returns when a reader was given what was kept, or gave it back.
+    pub async fn passed_on(&self) {
+        self.passed_on.notified().await;
+    }
+
     /// All pods, what was kept, and every change after them: none between is missed.
     fn watch(&self) -> Changes {
         let mut known = self.known.lock();
@@ -125,10 +138,11 @@ impl Feed {
         let (queue, later) = mpsc::channel(BEHIND);
         let since = known.count;
         known.readers.push(Reader { since, queue });
+        self.passed_on.notify_one();
         Changes {
             first,
             later,
-            known: Arc::clone(&self.known),
+            feed: self.clone(),
         }
     }
 }
@@ -139,7 +153,7 @@ impl Feed {
 struct Changes {
     first: VecDeque<Event>,
     later: mpsc::Receiver<(u64, Event)>,
-    known: Arc<Mutex<Known>>,
+    feed: Feed,
 }
 
 impl Stream for Changes {
@@ -156,7 +170,8 @@ impl Stream for Changes {
 
 impl Drop for Changes {
     fn drop(&mut self) {
-        let mut known = self.known.lock();
+        let feed = self.feed.clone();
+        let mut known = feed.known.lock();
         // Under the lock: nothing is told to it any more.
         self.later.close();
         known.readers.retain(|reader| !reader.queue.is_closed());
@@ -171,6 +186,7 @@ impl Drop for Changes {
             .into_iter()
             .chain(newer)
             .for_each(|event| known.keep(event));
+        feed.passed_on.notify_one();
     }
 }
 
@@ -187,15 +203,10 @@ impl Known {
 
     /// For the next reader, which begins with all pods.
     fn keep(&mut self, event: Event) {
-        let packets = match &event {
-            Event::Added(_) | Event::Removed(_) | Event::Synced(_) => return,
-            Event::Denied(denied) => denied.count,
-            Event::Lapse(lapse) => lapse.packets.max(1),
-        };
-        if self.kept.len() < KEPT {
-            self.kept.push_back(event);
-        } else {
-            self.lost = self.lost.saturating_add(packets);
+        match event {
+            Event::Added(_) | Event::Removed(_) | Event::Synced(_) => {}
+            _ if self.kept.len() < KEPT => self.kept.push_back(event),
+            _ => self.lost = self.lost.saturating_add(packets(&event).max(1)),
         }
     }
 
@@ -219,6 +230,15 @@ impl Known {
         if !lives && !self.departed.contains(&oldest) {
             self.interfaces.remove(&oldest);
         }
+    }
+}
+
+/// Refused packets that the event tells of.
+fn packets(event: &Event) -> u64 {
+    match event {
+        Event::Added(_) | Event::Removed(_) | Event::Synced(_) => 0,
+        Event::Denied(denied) => denied.count,
+        Event::Lapse(lapse) => lapse.packets,
     }
 }
 
@@ -344,14 +364,11 @@ mod tests {
     }
 
     /// Packets that the events tell of, by denials and by lapses.
-    fn packets(events: &[Event]) -> (u64, u64) {
-        events
-            .iter()
-            .fold((0, 0), |(denied, lost), event| match event {
-                Event::Denied(it) => (denied + it.count, lost),
-                Event::Lapse(it) => (denied, lost + it.packets),
-                _ => (denied, lost),
-            })
+    fn told_packets(events: &[Event]) -> (u64, u64) {
+        let (lapses, others): (Vec<_>, Vec<_>) =
+            events.iter().partition(|it| matches!(it, Event::Lapse(_)));
+        let sum = |events: Vec<&Event>| events.into_iter().map(packets).sum();
+        (sum(others), sum(lapses))
     }
 
     #[test]
@@ -361,12 +378,14 @@ mod tests {
         for _ in 0..KEPT + 10 {
             feed.denied(denied(Cause::Refused));
         }
+        assert_eq!(feed.untold(), 3 * KEPT as u64 + 30);
         let mut reader = feed.watch();
+        assert_eq!(feed.untold(), 0);
         let events = told(&mut reader);
         assert!(matches!(&events[..2], [Event::Added(_), Event::Synced(_)]));
-        assert_eq!(packets(&events), (3 * KEPT as u64, 30));
+        assert_eq!(told_packets(&events), (3 * KEPT as u64, 30));
         drop(reader);
-        assert_eq!(packets(&told(&mut feed.watch())), (0, 0), "told once");
+        assert_eq!(told_packets(&told(&mut feed.watch())), (0, 0), "told once");
     }
 
     #[test]
@@ -378,12 +397,12 @@ mod tests {
         }
         feed.lapse("also", 5);
         let before = told(&mut slow);
-        assert_eq!(packets(&before), (3 * BEHIND as u64, 0));
+        assert_eq!(told_packets(&before), (3 * BEHIND as u64, 0));
         let ended = slow.next().now_or_never();
         assert!(matches!(ended, Some(None)), "it is to watch again");
         drop(slow);
         let after = told(&mut feed.watch());
-        assert_eq!(packets(&after), (3 * KEPT as u64, 35));
+        assert_eq!(told_packets(&after), (3 * KEPT as u64, 35));
     }
 
     #[test]
@@ -418,9 +437,13 @@ mod tests {
         let old = feed.watch();
         feed.denied(denied(Cause::Refused));
         drop(old);
-        assert_eq!(packets(&told(&mut reader)), (3, 0));
+        assert_eq!(told_packets(&told(&mut reader)), (3, 0));
         drop(reader);
-        assert_eq!(packets(&told(&mut feed.watch())), (0, 0), "it was heard");
+        assert_eq!(
+            told_packets(&told(&mut feed.watch())),
+            (0, 0),
+            "it was heard"
+        );
     }
 
     #[test]

@@ -109,6 +109,38 @@ fn a_selected_pod_is_denied_and_the_gate_is_told() {
 }
 
 #[test]
+fn what_the_gate_was_not_told_of_before_a_restart_it_is_told_the_number_of() {
+    let mut rig = Rig::up("ag13", CALM, &[("WARM_IP_TARGET", "3")]);
+    rig.end(Signal::SIGTERM);
+    rig.policy(&[network(true)]);
+    rig.start();
+    let count = || fs::metadata(rig.path("state/refused")).and_then(|it| it.modified());
+    wait_for("the count of refused packets", || count().is_ok());
+    let before = count().unwrap();
+    let pod = rig.pod("c", "shop", "cart");
+    rig.add(&pod).address();
+    let control = "10.0.0.10".parse().unwrap();
+    assert!(!reaches(&pod.netns, &rig.control, control));
+    // One packet, which nobody hears of, and which the count has seen.
+    wait_for("the count to be kept", || count().unwrap() > before);
+    rig.end(Signal::SIGKILL);
+    rig.start();
+    let mut feed = rig.feed();
+    let told = loop {
+        if let Event::Lapse(lapse) = feed.next() {
+            break lapse;
+        }
+    };
+    assert!(told.packets >= 1, "{told:?}");
+    assert!(told.reason.contains("told to nobody"), "{told:?}");
+    // The gate has been told: no later start tells it again.
+    wait_for("the count with what the gate has heard", || {
+        let text = fs::read_to_string(rig.path("state/refused")).unwrap();
+        text.parse::<u64>().unwrap() >= told.packets
+    });
+}
+
+#[test]
 fn a_change_reaches_the_running_pod_and_no_restart_without_a_record_of_it_frees_the_pod() {
     let mut rig = Rig::up("ag10", CALM, &[("WARM_IP_TARGET", "3")]);
     rig.end(Signal::SIGTERM);
