@@ -21,24 +21,18 @@ use crate::{
     key::Key,
     names::{STATIC, api_server},
     shards::{Contribution, Source, Touched},
-    store::Selected,
+    store::{Change, Selected},
 };
 
 impl Model {
     pub(crate) fn set_pod(&mut self, key: &Key, new: Option<Pod>, to: &mut Changes) {
-        let new = new.map(Arc::new);
-        if self.pods.get(key) == new.as_ref() {
-            return;
-        }
-        let nodes = nodes(
-            self.pods
-                .get(key)
-                .into_iter()
-                .chain(&new)
-                .map(|pod| pod.node.as_ref()),
-        );
+        let known = self.pods.get(key).map(Arc::as_ref);
+        let pods = known.into_iter().chain(&new);
+        let nodes = nodes(pods.map(|pod| pod.node.as_ref()));
         let zones = self.zones_of(&nodes);
-        let old = self.pods.replace(key, new.clone());
+        let Some(Change { old, new }) = self.pods.replace(key, new) else {
+            return;
+        };
         let mut services = BTreeSet::new();
         let mut slices = BTreeSet::new();
         for pod in old.iter().chain(&new) {
@@ -55,11 +49,9 @@ impl Model {
     }
 
     pub(crate) fn set_service(&mut self, key: &Key, new: Option<Service>, to: &mut Changes) {
-        let new = new.map(Arc::new);
-        if self.services.get(key) == new.as_ref() {
+        let Some(Change { old, new }) = self.services.replace(key, new) else {
             return;
-        }
-        let old = self.services.replace(key, new.clone());
+        };
         self.touch_service(key, to);
         let vips = |service: &Option<Arc<Service>>| service.as_ref().map(|s| s.vips.clone());
         if self.mesh.service_cidrs.is_empty() && vips(&old) != vips(&new) {
@@ -81,19 +73,14 @@ impl Model {
     }
 
     pub(crate) fn set_slice(&mut self, key: &Key, new: Option<Slice>, to: &mut Changes) {
-        let new = new.map(Arc::new);
-        if self.slices.get(key) == new.as_ref() {
-            return;
-        }
-        let entries = self
-            .slices
-            .get(key)
-            .into_iter()
-            .chain(&new)
-            .flat_map(|s| &s.endpoints);
+        let known = self.slices.get(key).map(Arc::as_ref);
+        let slices = known.into_iter().chain(&new);
+        let entries = slices.flat_map(|slice| &slice.endpoints);
         let nodes = nodes(entries.map(|entry| entry.node.as_ref()));
         let zones = self.zones_of(&nodes);
-        let old = self.slices.replace(key, new.clone());
+        let Some(Change { old, new }) = self.slices.replace(key, new) else {
+            return;
+        };
         for entry in old.iter().flat_map(|slice| &slice.endpoints) {
             entry
                 .node
@@ -126,14 +113,9 @@ impl Model {
     }
 
     pub(crate) fn set_route(&mut self, key: &Key, new: Option<Route>, to: &mut Changes) {
-        let new = new.map(Arc::new);
-        if self.routes.get(key) == new.as_ref() {
-            return;
+        for route in self.routes.replace(key, new).into_iter().flatten() {
+            self.touch_route(&route, to);
         }
-        let old = self.routes.replace(key, new.clone());
-        old.iter()
-            .chain(&new)
-            .for_each(|route| self.touch_route(route, to));
     }
 
     pub(crate) fn set_traffic(
@@ -142,14 +124,9 @@ impl Model {
         new: Option<TrafficDefaults>,
         to: &mut Changes,
     ) {
-        let new = new.map(Arc::new);
-        if self.traffic.get(key) == new.as_ref() {
-            return;
+        for policy in self.traffic.replace(key, new).into_iter().flatten() {
+            self.touch_traffic(&policy, to);
         }
-        let old = self.traffic.replace(key, new.clone());
-        old.iter()
-            .chain(&new)
-            .for_each(|policy| self.touch_traffic(policy, to));
     }
 
     pub(crate) fn set_authorization(
@@ -158,25 +135,15 @@ impl Model {
         new: Option<Selected<Authorization>>,
         to: &mut Changes,
     ) {
-        let new = new.map(Arc::new);
-        if self.authorization.get(key) == new.as_ref() {
-            return;
+        for policy in self.authorization.replace(key, new).into_iter().flatten() {
+            self.touch_selves(&policy, to);
         }
-        let old = self.authorization.replace(key, new.clone());
-        old.iter()
-            .chain(&new)
-            .for_each(|policy| self.touch_selves(policy, to));
     }
 
     pub(crate) fn set_peers(&mut self, key: &Key, new: Option<Selected<Mtls>>, to: &mut Changes) {
-        let new = new.map(Arc::new);
-        if self.peers.get(key) == new.as_ref() {
-            return;
+        for policy in self.peers.replace(key, new).into_iter().flatten() {
+            self.touch_selves(&policy, to);
         }
-        let old = self.peers.replace(key, new.clone());
-        old.iter()
-            .chain(&new)
-            .for_each(|policy| self.touch_selves(policy, to));
     }
 
     pub(crate) fn set_egress(
@@ -185,14 +152,9 @@ impl Model {
         new: Option<Selected<Egress>>,
         to: &mut Changes,
     ) {
-        let new = new.map(Arc::new);
-        if self.egress.get(key) == new.as_ref() {
-            return;
+        for policy in self.egress.replace(key, new).into_iter().flatten() {
+            self.touch_egress(&policy, to);
         }
-        let old = self.egress.replace(key, new.clone());
-        old.iter()
-            .chain(&new)
-            .for_each(|policy| self.touch_egress(policy, to));
     }
 
     pub(crate) fn set_telemetry(
@@ -201,14 +163,9 @@ impl Model {
         new: Option<Selected<Reporting>>,
         to: &mut Changes,
     ) {
-        let new = new.map(Arc::new);
-        if self.telemetry.get(key) == new.as_ref() {
-            return;
+        for policy in self.telemetry.replace(key, new).into_iter().flatten() {
+            self.touch_selves(&policy, to);
         }
-        let old = self.telemetry.replace(key, new.clone());
-        old.iter()
-            .chain(&new)
-            .for_each(|policy| self.touch_selves(policy, to));
     }
 
     pub(crate) fn set_mesh(&mut self, new: Mesh, to: &mut Changes) {

@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use super::{Change, replace};
 use crate::{
     facts::pod::Pod,
     index::Index,
@@ -23,10 +24,10 @@ pub(crate) struct Pods {
 }
 
 impl Pods {
-    /// Returns what was there before.
-    pub(crate) fn replace(&mut self, key: &Key, new: Option<Arc<Pod>>) -> Option<Arc<Pod>> {
-        let old = self.by_key.remove(key);
-        if let Some(old) = &old {
+    /// `None` where nothing changed.
+    pub(crate) fn replace(&mut self, key: &Key, new: Option<Pod>) -> Option<Change<Pod>> {
+        let change = replace(&mut self.by_key, key, new)?;
+        if let Some(old) = &change.old {
             self.by_uid.remove(&old.uid, key);
             old.own_addresses()
                 .iter()
@@ -37,7 +38,7 @@ impl Pods {
             }
             self.labelled.remove(key, &key.namespace);
         }
-        if let Some(new) = new {
+        if let Some(new) = &change.new {
             self.by_uid.add(new.uid.clone(), key);
             new.own_addresses()
                 .iter()
@@ -48,9 +49,8 @@ impl Pods {
             }
             self.labelled
                 .insert(key.clone(), &key.namespace, &new.labels);
-            self.by_key.insert(key.clone(), new);
         }
-        old
+        Some(change)
     }
 
     pub(crate) fn get(&self, key: &Key) -> Option<&Arc<Pod>> {

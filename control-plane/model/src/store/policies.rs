@@ -1,5 +1,6 @@
 use std::{collections::BTreeMap, sync::Arc};
 
+use super::{Change, replace};
 use crate::{
     facts::{pod::Pod, policy::TrafficDefaults},
     index::Index,
@@ -60,20 +61,22 @@ impl<P> Default for Policies<P> {
 }
 
 impl<P> Policies<P> {
-    /// Returns what was there before.
+    /// `None` where nothing changed.
     pub(crate) fn replace(
         &mut self,
         key: &Key,
-        new: Option<Arc<Selected<P>>>,
-    ) -> Option<Arc<Selected<P>>> {
-        let old = self.by_key.remove(key);
+        new: Option<Selected<P>>,
+    ) -> Option<Change<Selected<P>>>
+    where
+        P: PartialEq,
+    {
+        let change = replace(&mut self.by_key, key, new)?;
         self.selectors.remove(key);
-        if let Some(new) = new {
+        if let Some(new) = &change.new {
             self.selectors
                 .insert(key.clone(), new.scope.clone(), new.selector.clone());
-            self.by_key.insert(key.clone(), new);
         }
-        old
+        Some(change)
     }
 
     pub(crate) fn get(&self, key: &Key) -> Option<&Arc<Selected<P>>> {
@@ -100,23 +103,20 @@ pub(crate) struct TrafficPolicies {
 }
 
 impl TrafficPolicies {
-    /// Returns what was there before.
+    /// `None` where nothing changed.
     pub(crate) fn replace(
         &mut self,
         key: &Key,
-        new: Option<Arc<TrafficDefaults>>,
-    ) -> Option<Arc<TrafficDefaults>> {
-        let old = self.by_key.remove(key);
-        for target in old.iter().flat_map(|old| &old.targets) {
+        new: Option<TrafficDefaults>,
+    ) -> Option<Change<TrafficDefaults>> {
+        let change = replace(&mut self.by_key, key, new)?;
+        for target in change.old.iter().flat_map(|old| &old.targets) {
             self.by_target.remove(target, key);
         }
-        if let Some(new) = new {
-            new.targets
-                .iter()
-                .for_each(|target| self.by_target.add(target.clone(), key));
-            self.by_key.insert(key.clone(), new);
+        for target in change.new.iter().flat_map(|new| &new.targets) {
+            self.by_target.add(target.clone(), key);
         }
-        old
+        Some(change)
     }
 
     pub(crate) fn get(&self, key: &Key) -> Option<&Arc<TrafficDefaults>> {

@@ -3,6 +3,7 @@ use std::{
     sync::Arc,
 };
 
+use super::{Change, replace};
 use crate::{facts::route::Route, index::Index, key::Key};
 
 #[derive(Debug, Default)]
@@ -12,19 +13,16 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
-    /// Returns what was there before.
-    pub(crate) fn replace(&mut self, key: &Key, new: Option<Arc<Route>>) -> Option<Arc<Route>> {
-        let old = self.by_key.remove(key);
-        for parent in old.iter().flat_map(|old| &old.parents) {
+    /// `None` where nothing changed.
+    pub(crate) fn replace(&mut self, key: &Key, new: Option<Route>) -> Option<Change<Route>> {
+        let change = replace(&mut self.by_key, key, new)?;
+        for parent in change.old.iter().flat_map(|old| &old.parents) {
             self.by_parent.remove(&parent.service, key);
         }
-        if let Some(new) = new {
-            new.parents
-                .iter()
-                .for_each(|p| self.by_parent.add(p.service.clone(), key));
-            self.by_key.insert(key.clone(), new);
+        for parent in change.new.iter().flat_map(|new| &new.parents) {
+            self.by_parent.add(parent.service.clone(), key);
         }
-        old
+        Some(change)
     }
 
     pub(crate) fn get(&self, key: &Key) -> Option<&Arc<Route>> {

@@ -4,6 +4,7 @@ use std::{
     sync::Arc,
 };
 
+use super::{Change, replace};
 use crate::{
     facts::{pod::Pod, service::Service, slice::Slice},
     index::Index,
@@ -21,23 +22,22 @@ pub(crate) struct Services {
 }
 
 impl Services {
-    /// Returns what was there before.
-    pub(crate) fn replace(&mut self, key: &Key, new: Option<Arc<Service>>) -> Option<Arc<Service>> {
-        let old = self.by_key.remove(key);
-        if let Some(old) = &old {
+    /// `None` where nothing changed.
+    pub(crate) fn replace(&mut self, key: &Key, new: Option<Service>) -> Option<Change<Service>> {
+        let change = replace(&mut self.by_key, key, new)?;
+        if let Some(old) = &change.old {
             old.vips.iter().for_each(|vip| self.by_vip.remove(vip, key));
             self.selectors.remove(key);
         }
-        if let Some(new) = new {
+        if let Some(new) = &change.new {
             new.vips.iter().for_each(|vip| self.by_vip.add(*vip, key));
             if let Some(selector) = &new.selector {
                 let namespace = Some(key.namespace.clone());
                 self.selectors
                     .insert(key.clone(), namespace, selector.clone());
             }
-            self.by_key.insert(key.clone(), new);
         }
-        old
+        Some(change)
     }
 
     pub(crate) fn get(&self, key: &Key) -> Option<&Arc<Service>> {
@@ -92,10 +92,10 @@ pub(crate) struct Slices {
 }
 
 impl Slices {
-    /// Returns what was there before.
-    pub(crate) fn replace(&mut self, key: &Key, new: Option<Arc<Slice>>) -> Option<Arc<Slice>> {
-        let old = self.by_key.remove(key);
-        if let Some(old) = &old {
+    /// `None` where nothing changed.
+    pub(crate) fn replace(&mut self, key: &Key, new: Option<Slice>) -> Option<Change<Slice>> {
+        let change = replace(&mut self.by_key, key, new)?;
+        if let Some(old) = &change.old {
             self.by_service.remove(&old.service, key);
             for entry in &old.endpoints {
                 entry
@@ -108,7 +108,7 @@ impl Slices {
                     .for_each(|a| self.by_address.remove(a, key));
             }
         }
-        if let Some(new) = new {
+        if let Some(new) = &change.new {
             self.by_service.add(new.service.clone(), key);
             for entry in &new.endpoints {
                 entry
@@ -120,9 +120,8 @@ impl Slices {
                     .iter()
                     .for_each(|a| self.by_address.add(*a, key));
             }
-            self.by_key.insert(key.clone(), new);
         }
-        old
+        Some(change)
     }
 
     pub(crate) fn get(&self, key: &Key) -> Option<&Arc<Slice>> {
