@@ -1,6 +1,7 @@
 //! The CA of the real executable: who gets a certificate, and who does not.
 #![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
 
+mod common;
 mod rig;
 
 use std::{
@@ -31,7 +32,7 @@ fn good() -> Value {
 }
 
 async fn ask(rig: &Rig, token: &str, csr: &str) -> Result<Vec<String>, Status> {
-    let controller = rig.controller("ask", token);
+    let controller = rig.client("ask", token);
     let mut client = IstioCertificateServiceClient::new(controller.connect().await.unwrap());
     let request = IstioCertificateRequest {
         csr: csr.into(),
@@ -59,7 +60,7 @@ fn issued(rig: &Rig) -> Vec<Value> {
 #[tokio::test]
 async fn a_good_token_gets_a_certificate_for_its_own_identity() {
     let rig = Rig::start("");
-    let controller = rig.controller("web", &rig.issuer.sign(&good()));
+    let controller = rig.client("web", &rig.issuer.sign(&good()));
     let credentials = ca_client::fetch(&controller, &web()).await.unwrap();
     assert_eq!(peer_identity(&credentials.chain()[0]).unwrap(), web());
     let life = credentials
@@ -264,7 +265,8 @@ async fn a_full_disk_stops_the_issuing_alone() {
 #[test]
 fn a_root_that_others_can_read_stops_the_start() {
     let mut rig = Rig::start("");
-    assert_eq!(rig.terminate(), Some(0));
+    rig.terminate();
+    assert_eq!(rig.ended(), Some(0));
     let key = rig.path("state/root-key.pem");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     let output = rig.command().output().unwrap();

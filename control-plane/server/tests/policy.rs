@@ -1,11 +1,13 @@
 //! A policy changes: from a file to the subscribers of the real executable.
 #![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
 
+mod common;
 mod rig;
 
 use std::collections::BTreeMap;
 
-use rig::{PATIENCE, Rig, claims, eventually, pod, service};
+use common::{PATIENCE, eventually};
+use rig::{Rig, claims, pod, service};
 use tokio::{sync::mpsc, time::timeout};
 use turnpike_rules::{
     pod::PodNetwork,
@@ -36,7 +38,7 @@ impl Subscriber {
     async fn new(rig: &Rig, account: &str, pod: &str) -> Self {
         let (namespace, name) = account.split_once('/').unwrap();
         let token = rig.issuer.sign(&claims(namespace, name, pod, "node-a"));
-        let controller = rig.controller(pod, &token);
+        let controller = rig.client(pod, &token);
         let (subscriptions, wanted) = mpsc::channel(16);
         let (collected, updates) = mpsc::unbounded_channel();
         let config = ClientConfig::new(pod, "cluster");
@@ -191,7 +193,7 @@ async fn after_a_kill_the_state_is_rebuilt_and_nothing_is_sent_twice() {
     let mut agent = Subscriber::new(&rig, "turnpike-system/turnpike-node", "agent").await;
     agent.subscribe::<PodNetwork>(&["*"]).await;
     assert_eq!(&*agent.one::<PodNetwork>().await.name, "web-1");
-    let address = rig.controller("agent", "").address;
+    let address = rig.client("agent", "").address;
     rig.kill();
     rig.write("more.yaml", &pod("web-2", "web", "node-a", "10.0.0.3"));
     // The token file was emptied above; the client reads it at each connection.
@@ -208,7 +210,8 @@ async fn after_a_kill_the_state_is_rebuilt_and_nothing_is_sent_twice() {
         "web-2",
         "web-1 is held already"
     );
-    assert_eq!(rig.terminate(), Some(0));
+    rig.terminate();
+    assert_eq!(rig.ended(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -245,7 +248,8 @@ fn told_to_stop_it_ends_in_order() {
     let mut rig = Rig::prepare(&world());
     for times in 1..=8 {
         rig.launch();
-        assert_eq!(rig.terminate(), Some(0));
+        rig.terminate();
+        assert_eq!(rig.ended(), Some(0));
         assert_eq!(rig.log().matches("\"stopping\"").count(), times);
     }
 }

@@ -6,23 +6,19 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU8, AtomicU16, Ordering},
-    time::{Duration, Instant},
+    sync::atomic::{AtomicU16, Ordering},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 
 use super::pki::Pki;
-
-/// Far beyond what anything here takes; reached only where something is lost.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+use crate::common::{eventually, own_loopback};
 
 pub(crate) struct ApiServer {
     folder: tempfile::TempDir,
     bin: PathBuf,
     pub(crate) pki: Pki,
-    /// A loopback address of its own: a port of 127.0.0.1 could be taken by whatever else runs here,
-    /// while its listener is not there.
+    /// A loopback address of its own.
     pub(crate) host: Ipv4Addr,
     /// Where the next controller's injector listens.
     webhook_port: AtomicU16,
@@ -326,24 +322,4 @@ fn command(program: &str, log: &Path) -> Command {
         .stdout(log.try_clone().unwrap())
         .stderr(log);
     command
-}
-
-fn own_loopback() -> Ipv4Addr {
-    static SERVERS: AtomicU8 = AtomicU8::new(1);
-    let [.., high, low] = std::process::id().to_be_bytes();
-    // Neither 127.0.x.x nor 127.255.x.x.
-    let server = SERVERS.fetch_add(1, Ordering::Relaxed) % 254 + 1;
-    Ipv4Addr::new(127, server, high, low)
-}
-
-/// Waits for something to come true.
-pub(crate) fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check() {
-            return found;
-        }
-        assert!(Instant::now() < end, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }

@@ -22,9 +22,10 @@ use turnpike_wire::{
 };
 
 use super::{
-    apiserver::{ApiServer, eventually},
+    apiserver::ApiServer,
     controller::{self, Controller},
 };
+use crate::common::eventually;
 
 const POD: &str = "apiVersion: v1
 kind: Node
@@ -195,7 +196,7 @@ fn the_root_is_one_and_everywhere() {
         Controller::launch(&api),
         Controller::launch(&api),
     ];
-    all.iter_mut().for_each(Controller::ready);
+    all.iter_mut().for_each(|controller| controller.ready());
     let roots = all
         .each_ref()
         .map(|one| std::fs::read_to_string(one.path("root.pem")).unwrap());

@@ -5,9 +5,10 @@ use std::{process::Command, time::Duration};
 use serde_json::{Value, json};
 
 use super::{
-    apiserver::{ApiServer, Said, eventually},
+    apiserver::{ApiServer, Said},
     controller::{self, Controller},
 };
+use crate::common::eventually;
 
 const LABEL: &str = "turnpike.dev/inject";
 

@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "what fails here ends the test")]
 
 mod apiserver;
+#[path = "../common/mod.rs"]
+mod common;
 mod controller;
 mod identity;
 mod injection;

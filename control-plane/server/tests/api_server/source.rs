@@ -1,9 +1,10 @@
 //! The source: everything there is, every change, and what cannot be read.
 
 use super::{
-    apiserver::{ApiServer, eventually},
+    apiserver::ApiServer,
     controller::{self, Controller},
 };
+use crate::common::eventually;
 
 fn policy(name: &str, spec: &str) -> String {
     format!(
@@ -109,7 +110,7 @@ fn a_gap_is_closed_by_a_new_list(api: &mut ApiServer, controller: &Controller) {
         "{said}"
     );
     assert_eq!(
-        controller.page("/healthz/ready").0,
+        controller.get("/healthz/ready").0,
         200,
         "it serves what it has"
     );
@@ -171,7 +172,7 @@ impl Controller {
     fn ready_is_refused(&mut self, expected: &[&str]) {
         self.up();
         eventually("the reason", || {
-            let (status, body) = self.page("/healthz/ready");
+            let (status, body) = self.get("/healthz/ready");
             assert_eq!(status, 503, "{body}");
             expected
                 .iter()

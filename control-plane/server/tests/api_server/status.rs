@@ -18,9 +18,10 @@ use turnpike_wire::{
 };
 
 use super::{
-    apiserver::{ApiServer, eventually},
+    apiserver::ApiServer,
     controller::{self, Controller},
 };
+use crate::common::eventually;
 
 const WORLD: &str = "apiVersion: v1
 kind: Node

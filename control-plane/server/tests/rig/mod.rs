@@ -1,25 +1,22 @@
 //! The real executable, with a folder of YAML and an issuer of tokens.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, reason = "each test program uses its part")]
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU8, Ordering},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    ops::{Deref, DerefMut},
+    path::Path,
+    process::Command,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
 use serde_json::{Value, json};
-use turnpike_wire::channel::Controller;
+
+use crate::common::{Process, own_loopback};
 
 pub(crate) const ISSUER: &str = "https://issuer.example";
-/// Far beyond what anything here takes; reached only where something is lost.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A signer of service-account tokens.
 pub(crate) struct Issuer {
@@ -77,16 +74,23 @@ pub(crate) fn claims(namespace: &str, account: &str, pod: &str, node: &str) -> V
 }
 
 pub(crate) struct Rig {
-    folder: tempfile::TempDir,
     pub(crate) issuer: Issuer,
     listen: String,
-    process: Option<Running>,
+    process: Process,
 }
 
-struct Running {
-    child: Child,
-    grpc: SocketAddr,
-    http: SocketAddr,
+impl Deref for Rig {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for Rig {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
 }
 
 impl Rig {
@@ -98,22 +102,15 @@ impl Rig {
     }
 
     pub(crate) fn prepare(yaml: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let listen = format!("{}:0", own_loopback());
         let rig = Self {
-            folder,
             issuer: Issuer::new("k1"),
-            listen,
-            process: None,
+            listen: format!("{}:0", own_loopback()),
+            process: Process::prepare(),
         };
         fs::create_dir(rig.path("source")).unwrap();
         rig.write("world.yaml", yaml);
         rig.set_keys(&[&rig.issuer]);
         rig
-    }
-
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
     }
 
     /// Writes a file of the source, all at once.
@@ -130,58 +127,20 @@ impl Rig {
     }
 
     pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_turnpike-controller"));
+        let mut command = self.process.executable();
         command
-            .args([
-                "--token-issuer",
-                ISSUER,
-                "--http",
-                "127.0.0.1:0",
-                "--listen",
-                &self.listen,
-            ])
+            .args(["--token-issuer", ISSUER, "--listen", &self.listen])
             .arg("--source-dir")
             .arg(self.path("source"))
-            .arg("--state-dir")
-            .arg(self.path("state"))
-            .arg("--root-cert-out")
-            .arg(self.path("root.pem"))
             .arg("--token-jwks")
-            .arg(self.path("jwks.json"))
-            .env("TURNPIKE_LOG", "json")
-            .env("RUST_LOG", "info,turnpike_server=debug")
-            .stdin(Stdio::null());
+            .arg(self.path("jwks.json"));
         command
     }
 
+    /// Started, and ready.
     pub(crate) fn launch(&mut self) {
-        let log = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.path("log"));
-        let offset = fs::read_to_string(self.path("log"))
-            .unwrap_or_default()
-            .len();
-        let child = self.command().stderr(log.unwrap()).spawn().unwrap();
-        let mut running = Running {
-            child,
-            grpc: ([0, 0, 0, 0], 0).into(),
-            http: ([0, 0, 0, 0], 0).into(),
-        };
-        let up = eventually("the controller is up", || {
-            let log = self.log().split_off(offset);
-            log.lines()
-                .find(|line| line.contains("the controller is up"))
-                .map(str::to_owned)
-        });
-        let fields: Value = serde_json::from_str(&up).unwrap();
-        let address = |name: &str| fields["fields"][name].as_str().unwrap().parse().unwrap();
-        running.grpc = address("grpc");
-        running.http = address("http");
-        self.process = Some(running);
-        eventually("readiness", || {
-            (self.get("/healthz/ready").0 == 200).then_some(())
-        });
+        self.process.run(self.command());
+        self.process.ready();
     }
 
     /// Where clients of the one before look for it.
@@ -190,100 +149,11 @@ impl Rig {
         self.launch();
     }
 
-    pub(crate) fn log(&self) -> String {
-        fs::read_to_string(self.path("log")).unwrap_or_default()
-    }
-
-    /// Status and body of a page.
-    pub(crate) fn get(&self, path: &str) -> (u16, String) {
-        let http = self.process.as_ref().unwrap().http;
-        let mut stream = TcpStream::connect(http).unwrap();
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
-        )
-        .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (
-            head.split(' ').nth(1).unwrap().parse().unwrap(),
-            body.to_owned(),
-        )
-    }
-
-    pub(crate) fn json(&self, path: &str) -> Value {
-        let (status, body) = self.get(path);
-        assert_eq!(status, 200, "{body}");
-        serde_json::from_str(&body).unwrap()
-    }
-
     pub(crate) fn metric(&self, name: &str) -> Option<f64> {
         let text = self.get("/metrics").1;
         let line = text.lines().find(|line| line.starts_with(name))?;
         line.rsplit(' ').next()?.parse().ok()
     }
-
-    /// A client's way to the controller, with a token of these claims.
-    pub(crate) fn controller(&self, name: &str, token: &str) -> Controller {
-        let token_file = self.path(&format!("token-{name}"));
-        fs::write(&token_file, token).unwrap();
-        Controller {
-            address: self.process.as_ref().unwrap().grpc.to_string(),
-            server_name: turnpike_server::ca::DNS_NAME.into(),
-            root_file: self.path("root.pem"),
-            token_file,
-        }
-    }
-
-    pub(crate) fn kill(&mut self) {
-        let mut running = self.process.take().unwrap();
-        running.child.kill().unwrap();
-        running.child.wait().unwrap();
-    }
-
-    /// Exit status after SIGTERM.
-    pub(crate) fn terminate(&mut self) -> Option<i32> {
-        let mut running = self.process.take().unwrap();
-        let pid = nix::unistd::Pid::from_raw(running.child.id().try_into().unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-        running.child.wait().unwrap().code()
-    }
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        if let Some(mut running) = self.process.take() {
-            let _ = running.child.kill();
-            let _ = running.child.wait();
-        }
-        if std::thread::panicking() {
-            eprintln!("---- the controller's log\n{}", self.log());
-        }
-    }
-}
-
-/// Waits for something to come true.
-pub(crate) fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check() {
-            return found;
-        }
-        assert!(Instant::now() < end, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// An address that no other rig has, and no client calls from. A controller that comes back to its
-/// port, which was free meanwhile, would on 127.0.0.1 find it taken now and then: by a connection of
-/// whatever else runs on this machine.
-fn own_loopback() -> Ipv4Addr {
-    static RIGS: AtomicU8 = AtomicU8::new(1);
-    let [.., high, low] = std::process::id().to_be_bytes();
-    // Neither 127.0.x.x nor 127.255.x.x.
-    let rig = RIGS.fetch_add(1, Ordering::Relaxed) % 254 + 1;
-    Ipv4Addr::new(127, rig, high, low)
 }
 
 fn replace(path: &Path, text: &str) {
