@@ -27,6 +27,10 @@ pub struct EgressPolicySpec {
     /// Left out: every pod of the namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<LabelSelector>,
+    /// `Enforce` denies what no policy of the pod allows. `Audit` lets TCP and names pass, and records
+    /// what would have been denied, where every policy of the pod is `Audit`: one that enforces holds
+    /// beside any number that observe. UDP, other protocols, special addresses and ports that are not
+    /// listed under `inbound` are refused in both.
     #[serde(default)]
     pub mode: Mode,
     /// Empty: nothing may leave.

@@ -79,10 +79,6 @@ const MEANINGS: &[(&str, &str)] = &[
     ("ceiling[].ports[].protocol", "As in EgressPolicy."),
     ("inbound[].ports[].protocol", "The transport."),
     ("[].tls", "How the gate speaks to the host."),
-    (
-        "EgressPolicy.spec.mode",
-        "`Enforce` denies what is not allowed; `Audit` lets TCP and names pass, and records what would have been denied. UDP, other protocols, special addresses and ports that are not listed under `inbound` are refused in both.",
-    ),
     ("ClusterEgressPolicy.spec.mode", "As in EgressPolicy."),
     (
         "mtls.mode",

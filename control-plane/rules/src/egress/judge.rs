@@ -1,8 +1,9 @@
 //! The verdicts: name, connection, request.
 //!
 //! Every rule of every policy is asked; each says yes, or how far the attempt got. The first yes
-//! wins. Without one, the rule that the attempt got furthest with gives the reason, and a policy
-//! in Audit mode lets it pass, marked.
+//! wins. Without one, the rule that the attempt got furthest with gives the reason. It passes all
+//! the same, marked, where every policy of the pod is in Audit mode: observing never weakens what
+//! another policy enforces.
 
 use super::{
     Connect, EgressPolicy, EgressProtocol, EgressRule, Grade, Mode, Reason, Request, Transport,
@@ -52,6 +53,12 @@ impl PodEgress {
         self.attempt(connect, Some(request))
     }
 
+    /// Whether what no policy allows passes: nothing is enforced on the pod, it is only observed.
+    pub fn only_audits(&self) -> bool {
+        let audits = |policy: &EgressPolicy| policy.mode == Mode::Audit;
+        !self.policies.is_empty() && self.policies.iter().all(audits)
+    }
+
     fn attempt(&self, connect: &Connect<'_>, request: Option<&Request<'_>>) -> Verdict {
         // Before any rule and any mode: dialled by the gate, these would lead to the node itself.
         if !self.policies.is_empty()
@@ -92,22 +99,15 @@ impl PodEgress {
             }
         }
         let (step, policy, rule) = closest;
-        match self
-            .policies
-            .iter()
-            .find(|policy| policy.mode == Mode::Audit)
-        {
-            Some(audit) => Verdict {
-                allowed: true,
-                would_deny: true,
-                grade: grade(None),
-                ..deny(
-                    Some(audit),
-                    rule.filter(|_| audit.name == policy.name),
-                    reason(step),
-                )
-            },
-            None => deny(Some(policy), rule, reason(step)),
+        let denied = deny(Some(policy), rule, reason(step));
+        if !self.only_audits() {
+            return denied;
+        }
+        Verdict {
+            allowed: true,
+            would_deny: true,
+            grade: grade(None),
+            ..denied
         }
     }
 

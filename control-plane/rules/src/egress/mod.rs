@@ -30,7 +30,7 @@ pub struct EgressPolicy {
 pub enum Mode {
     #[default]
     Enforce,
-    /// Allow, and record what would have been denied.
+    /// Allow, and record what would have been denied, where no other policy of the pod enforces.
     Audit,
 }
 
@@ -115,7 +115,7 @@ pub struct Request<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     pub allowed: bool,
-    /// Allowed only because a policy is in Audit mode; `reason` says what is missing.
+    /// Allowed only because all policies are in Audit mode; `reason` says what is missing.
     pub would_deny: bool,
     /// The policy that allows; where none does, the one that came closest.
     pub policy: Option<Arc<str>>,

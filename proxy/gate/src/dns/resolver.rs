@@ -147,7 +147,7 @@ impl Resolver {
                     .answer_selected(view, standing, pod, egress, question)
                     .await;
                 match answered {
-                    Err(refusal) if audits(egress) => {
+                    Err(refusal) if egress.only_audits() => {
                         let verdict = record::Verdict::AuditWouldDeny;
                         self.record_refusal(standing, question, refusal, verdict);
                         self.forward(question).await
@@ -344,14 +344,6 @@ impl Resolver {
     }
 }
 
-/// One policy that only audits lets pass what the others lack, as at the door.
-fn audits(egress: &PodEgress) -> bool {
-    egress
-        .policies
-        .iter()
-        .any(|policy| policy.mode == egress::Mode::Audit)
-}
-
 fn carries_connections(kind: RecordType) -> bool {
     use RecordType::{A, AAAA, CNAME, HTTPS, SRV, SVCB};
     matches!(kind, A | AAAA | CNAME | HTTPS | SVCB | SRV)
@@ -379,22 +371,5 @@ fn is_private(address: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn private_ranges() {
-        for (address, private) in [
-            ("10.0.0.1", true),
-            ("172.16.0.1", true),
-            ("192.168.1.1", true),
-            ("100.64.0.1", true),
-            ("100.128.0.1", false),
-            ("fd00::1", true),
-            ("203.0.113.1", false),
-            ("2001:db8:113::1", false),
-        ] {
-            assert_eq!(is_private(address.parse().unwrap()), private, "{address}");
-        }
-    }
-}
+#[path = "resolver_tests.rs"]
+mod tests;

@@ -25,7 +25,7 @@ use crate::state::{Pod, Standing};
 
 /// After a failed accept (no descriptors left), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long a pod whose policy only audits is waited for before its bytes pass unread.
+/// How long a pod whose policies all audit is waited for before its bytes pass unread.
 const AUDIT_FIRST_BYTES: Duration = Duration::from_millis(500);
 /// A fatal `access_denied`, for a client that has just sent its ClientHello.
 const TLS_ACCESS_DENIED: &[u8] = &[21, 3, 3, 0, 2, 2, 49];
@@ -161,7 +161,7 @@ impl Client<'_> {
                 Box::pin(http::serve(self, first)).await;
                 Ok(())
             }
-            // A policy that only audits lets pass what cannot be read, too.
+            // Where all policies only audit, what cannot be read passes, too.
             _ if audited => {
                 forward(self, Claim::Tcp, first).await;
                 Ok(())
