@@ -26,12 +26,10 @@
 //!
 //! # What nft costs
 //!
-//! Rules are written by the `nft` executable. The node's are one transaction at a time; what arrives
-//! while it runs shares the next one. Capture is one process in each pod that has a sidecar. Measured
-//! unoptimised on two busy cores: an ADD takes 6 ms without capture and 18 ms with it (5 and 11 ms of
-//! CPU), 30 at once are done after 120 and 270 ms; ten thousand cluster members are written in
-//! 150 ms and one more in 20 ms; 60 DELs at once take 110 ms. The in-pod process is the larger part:
-//! the same rules as one netlink batch would cost 0.4 ms.
+//! Rules are written by the `nft` executable, and its start costs far more than a few rules do. So the
+//! node's are one transaction at a time, and what arrives while it runs shares the next one: many
+//! ADDs at once start few processes. Capture cannot share, since it is written in the pod's namespace:
+//! one process for each pod that has a sidecar, and most of what its ADD takes.
 
 mod capture;
 mod counts;

@@ -78,7 +78,8 @@ pub fn web_on_each(nodes: &[&str], namespace: &str, name: &str) -> Vec<Value> {
     objects
 }
 
-/// The pod of [`web`], probed in each of the three ways. A busy machine may take its time to answer.
+/// The pod of [`web`], probed in each of the three ways. A probe that is answered late must not look
+/// like one that fails, hence the long timeouts.
 pub fn web_pod(name: &str) -> Value {
     json!({
         "serviceAccountName": name,

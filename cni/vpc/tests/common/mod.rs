@@ -28,7 +28,7 @@ use turnpike_vpc::{
     spec::DEFAULT,
 };
 
-/// How long anything that should happen may take on a busy machine.
+/// Far beyond what anything here takes; reached only where something is lost.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// How long nothing must happen where nothing should.
 pub(crate) const SILENCE: Duration = Duration::from_millis(700);
