@@ -215,6 +215,7 @@ fn policy() -> impl Strategy<Value = Object> {
                 "selector": selector, "action": if flip { "ALLOW" } else { "DENY" },
                 "rules": [{"to": [{"operation": {"ports": [n]}}]}],
             }),
+            Kind::PeerAuthentication if selector == json!({}) => json!({"mtls": {"mode": mode}}),
             Kind::PeerAuthentication => json!({
                 "selector": selector, "mtls": {"mode": mode},
                 "portLevelMtls": {"8080": {"mode": mode}},

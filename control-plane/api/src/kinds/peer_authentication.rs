@@ -24,13 +24,19 @@ use crate::status::PolicyStatus;
     derive = "Default"
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(validation = Rule::new(
+    "!has(self.portLevelMtls) || size(self.portLevelMtls) == 0 || (has(self.selector) && (\
+     (has(self.selector.matchLabels) && size(self.selector.matchLabels) > 0) || \
+     (has(self.selector.matchExpressions) && size(self.selector.matchExpressions) > 0)))"
+)
+.message("portLevelMtls needs a selector"))]
 pub struct PeerAuthenticationSpec {
     /// Left out: every pod of the namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<LabelSelector>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtls: Option<Mtls>,
-    /// By the pod's port, before `mtls`.
+    /// By the pod's port, before `mtls`. Only with a selector that asks for something.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub port_level_mtls: BTreeMap<String, Mtls>,
 }

@@ -105,6 +105,16 @@ pub fn peer_authentication(object: &PeerAuthentication) -> Result<PeerMtls, Inva
             "it says nothing; set mtls.mode to PERMISSIVE or STRICT",
         );
     }
+    let wide = selector.as_ref().is_some_and(PodSelector::selects_all);
+    if wide && !port_level_mtls.is_empty() {
+        let ports: Vec<&str> = port_level_mtls.keys().map(String::as_str).collect();
+        problems.add(
+            "spec.portLevelMtls",
+            ports.join(", "),
+            "ports are those of the pods that a selector names, and it has none; give \
+             spec.selector, or set spec.mtls alone",
+        );
+    }
     let ports = port_level_mtls
         .iter()
         .filter_map(|(text, mtls)| {

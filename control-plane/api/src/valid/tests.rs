@@ -454,7 +454,7 @@ spec:
         assert_fields(Kind::PeerAuthentication, "{}", &["spec"]);
         assert_fields(
             Kind::PeerAuthentication,
-            "{portLevelMtls: {'0': {}, x: {}, '80': {}}}",
+            "{selector: {matchLabels: {app: web}}, portLevelMtls: {'0': {}, x: {}, '80': {}}}",
             &["spec.portLevelMtls.0", "spec.portLevelMtls.x"],
         );
         assert_fields(Kind::Telemetry, "{sampling: -1}", &["spec.sampling"]);
@@ -465,6 +465,25 @@ spec:
                 .to_string()
                 .contains("named `default`")
         );
+    }
+
+    #[test]
+    fn modes_of_ports_are_those_of_pods_that_a_selector_names() {
+        for (selector, fields) in [
+            ("", &["spec.portLevelMtls"][..]),
+            ("selector: {},", &["spec.portLevelMtls"]),
+            ("selector: {matchLabels: {}},", &["spec.portLevelMtls"]),
+            ("selector: {matchLabels: {app: web}},", &[]),
+            (
+                "selector: {matchExpressions: [{key: app, operator: Exists}]},",
+                &[],
+            ),
+        ] {
+            for mtls in ["", "mtls: {mode: STRICT},"] {
+                let spec = format!("{{{selector} {mtls} portLevelMtls: {{'80': {{}}}}}}");
+                assert_fields(Kind::PeerAuthentication, &spec, fields);
+            }
+        }
     }
 
     #[test]

@@ -64,6 +64,7 @@ fn mistakes(kind: &str) -> &'static [Mistake] {
         "PeerAuthentication" => &[
             ("/spec/mtls/mode", r#""DISABLE""#),
             ("/spec/portLevelMtls", r#"{"http": {"mode": "STRICT"}}"#),
+            ("/spec/selector", "{}"),
         ],
         "Telemetry" => &[("/spec/sampling", "10")],
         "TrafficPolicy" => &[
