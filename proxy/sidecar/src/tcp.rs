@@ -44,11 +44,13 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
 }
 
-/// Copies until both sides have ended, each end passed on as it comes.
+/// Copies until both sides have ended, each end passed on as it comes. `server_first` is told of the
+/// first bytes.
 pub(crate) async fn relay<A, B>(
     client: &mut A,
     server: &mut B,
     counts: &Counts,
+    mut server_first: Option<Learn>,
 ) -> Result<(), (Side, io::Error)>
 where
     A: AsyncRead + AsyncWrite + Unpin,
@@ -62,6 +64,12 @@ where
         let sent_down = down.poll(cx, server, client, &counts.sent);
         let sent_down = sent_down
             .map_err(|(read, error)| (if read { Side::Server } else { Side::Client }, error))?;
+        let (received, sent) = (counts.received.get(), counts.sent.get());
+        if received + sent > 0
+            && let Some(server_first) = server_first.take()
+        {
+            server_first(received == 0);
+        }
         if sent_up.is_ready() && sent_down.is_ready() {
             Poll::Ready(Ok(()))
         } else {
@@ -183,7 +191,11 @@ pub(crate) struct Carried {
     pub(crate) callee: Option<turnpike_rules::Identity>,
     /// Whether it may go on; asked at every sweep.
     pub(crate) still_allowed: Option<Box<dyn FnMut() -> bool>>,
+    /// Told whether the server spoke first, where that is yet to be seen.
+    pub(crate) server_first: Option<Learn>,
 }
+
+pub(crate) type Learn = Box<dyn FnOnce(bool)>;
 
 /// How often bytes of a long connection are reported, in milliseconds.
 const REPORT: u64 = 5_000;
@@ -199,9 +211,10 @@ impl Carried {
         self.series.opened();
         let state = Rc::new(State::default());
         self.watch(worker, &state);
+        let server_first = self.server_first.take();
         let flags = tokio::select! {
             biased;
-            relayed = relay(client, server, &state.counts) => match relayed {
+            relayed = relay(client, server, &state.counts, server_first) => match relayed {
                 Ok(()) => Flags::NONE,
                 Err((Side::Client, _)) => Flags::CLIENT_GONE,
                 Err((Side::Server, _)) => Flags::UPSTREAM_CLOSED,
@@ -302,7 +315,7 @@ mod tests {
         let counts = Counts::default();
         let expected = data.clone();
         let (relayed, ..) = tokio::join!(
-            relay(&mut near, &mut far, &counts),
+            relay(&mut near, &mut far, &counts, None),
             async {
                 client.write_all(&data).await.unwrap();
                 client.shutdown().await.unwrap();

@@ -146,18 +146,20 @@ impl Known {
 fn list(folder: &Path) -> io::Result<Option<BTreeMap<String, Stamp>>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
-        let Ok(name) = entry?.file_name().into_string() else {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
         let extension = Path::new(&name).extension().and_then(|e| e.to_str());
         if name.starts_with('.') || !matches!(extension, Some("yaml" | "yml" | "json")) {
             continue;
         }
-        let path = folder.join(&name);
+        let (path, kind) = (folder.join(&name), entry.file_type()?);
         match stamp(&path) {
             Some(stamp) => drop(found.insert(name, stamp)),
-            None if fs::symlink_metadata(&path).is_err() => return Ok(None),
-            // No file, or a link to nothing.
+            None if kind.is_file() => return Ok(None),
+            None if kind.is_symlink() && fs::symlink_metadata(&path).is_err() => return Ok(None),
+            // A folder, or a link to nothing.
             None => {}
         }
     }

@@ -103,5 +103,5 @@ pub(crate) fn serve_no_more(response: &mut Response<ResponseBody>) {
 
 async fn relay(client: Upgraded, server: Upgraded, counts: &tcp::Counts) {
     let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-    let _ = tcp::relay(&mut client, &mut server, counts).await;
+    let _ = tcp::relay(&mut client, &mut server, counts, None).await;
 }

@@ -254,6 +254,7 @@ impl Caller {
             service: caller.service.clone(),
             callee: None,
             still_allowed: Some(Box::new(still_allowed)),
+            server_first: None,
         };
         carried.run(&worker, &mut client, &mut app).await;
     }

@@ -33,14 +33,14 @@ use crate::{
         exchange::Connection,
         progress::UnderWay,
     },
-    io::{Flight, Rewind, connect, first_flight, prepare, speaks},
+    io::{Flight, Rewind, connect, first_flight, prepare},
     limits::Permit,
     mesh::Lookup,
     observe::{Direction, Flags, Labels, Refusal, RefusalReason},
     service::{Port, is_server_first},
     shared::SharedService,
-    tcp::Carried,
-    tls::Inside,
+    tcp::{Carried, Learn},
+    tls::{Inside, Upstream},
     worker::{Accepted, Worker},
 };
 
@@ -238,6 +238,7 @@ impl Client {
             service: None,
             callee: None,
             still_allowed: None,
+            server_first: None,
         };
         let mut client = self.stream;
         carried.run(&self.worker, &mut client, &mut server).await;
@@ -368,40 +369,22 @@ impl Client {
                 return self.fail(&io::Error::other(error));
             }
         };
-        let idle = policy.timeouts.idle;
-        if let Some(port) = learn {
-            learn_server_first(&self.stream, &mut server, &port, idle).await;
-        }
+        // Nobody had spoken by the time the connection was passed on. If the server does so first, the
+        // next connections to the port need not wait.
+        let learn = learn.filter(|_| matches!(server, Upstream::Plain(_)));
         let carried = Carried {
             connection: self.connection(),
             series: endpoint.tcp_series(&*self.worker.shared.observer),
-            idle,
+            idle: policy.timeouts.idle,
             upstream: endpoint.address,
             service: endpoint.service.clone(),
             callee: endpoint.identity().cloned(),
             still_allowed: None,
+            server_first: learn
+                .map(|port| -> Learn { Box::new(move |it| port.server_first.set(it)) }),
         };
         let mut client = Rewind::new(read, self.stream);
         carried.run(&self.worker, &mut client, &mut server).await;
-    }
-}
-
-/// Nobody had spoken by the time the connection was passed on. If the server does so first, the
-/// next connections to the port need not wait. Where neither does for `idle`, that is for others to end.
-async fn learn_server_first(
-    client: &TcpStream,
-    server: &mut crate::tls::Upstream,
-    port: &Port,
-    idle: Option<Duration>,
-) {
-    let crate::tls::Upstream::Plain(server) = server else {
-        return;
-    };
-    tokio::select! {
-        biased;
-        _ = speaks(client) => {}
-        first = speaks(server) => port.server_first.set(first),
-        () = tokio::time::sleep(idle.unwrap_or(Duration::MAX)) => {}
     }
 }
 

@@ -89,12 +89,13 @@ async fn two_silent_ends_are_parted_at_the_idle_timeout() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let caller = Setup::caller().start(&Trust::new());
     let mut view = web(&[(silent.local_addr().unwrap(), None)]);
-    view.service.traffic.timeouts.idle = Some(Duration::from_secs(1));
+    let idle = Duration::from_secs(5);
+    view.service.traffic.timeouts.idle = Some(idle);
     caller.known.set_service(view);
     let mut client = TcpStream::connect(caller.outbound()).await.unwrap();
-    let patience = Duration::from_secs(30);
-    let ended = timeout(patience, to_end(&mut client)).await;
+    let ended = timeout(2 * idle, to_end(&mut client)).await;
     assert_eq!(ended.expect("nobody ends it"), "");
+    assert_eq!(caller.seen.line(0).await.flags, "SI");
 }
 
 #[tokio::test]
@@ -231,7 +232,7 @@ async fn an_application_is_let_go_when_policy_forbids_a_caller_that_has_not_spok
     let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
     app.accepted.await.unwrap();
     callee.set_own(|own| own.mtls = MtlsMode::Strict);
-    let ended = tokio::time::timeout(Duration::from_secs(20), app.ended).await;
+    let ended = timeout(Duration::from_secs(20), app.ended).await;
     ended
         .expect("the application's connection is ended")
         .unwrap();
@@ -254,7 +255,7 @@ async fn silence_on_both_sides_has_an_end() {
     let callee = setup.start(&Trust::new());
     let mut stream = TcpStream::connect(callee.inbound()).await.unwrap();
     assert_eq!(to_end(&mut stream).await, "");
-    let ended = tokio::time::timeout(Duration::from_secs(20), app.ended).await;
+    let ended = timeout(Duration::from_secs(20), app.ended).await;
     ended
         .expect("the application's connection is ended")
         .unwrap();
