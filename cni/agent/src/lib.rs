@@ -12,7 +12,7 @@
 //!    carries it to pods that run;
 //! 5. [`feed`] tells the gate who has which address here, and what the kernel denied ([`denials`]);
 //! 6. [`install`] puts the CNI executable and its configuration where the runtime looks for them;
-//! 7. [`http`] shows metrics and the pool.
+//! 7. [`pages`] shows metrics and the pool.
 //!
 //! No call to EC2 or to Kubernetes is on the way of an ADD.
 
@@ -25,12 +25,12 @@ pub mod denials;
 pub mod feed;
 pub mod flight;
 pub mod guard;
-pub mod http;
 pub mod identity;
 pub mod install;
 pub mod metrics;
 pub mod node;
 pub mod note;
+pub mod pages;
 pub mod policy;
 pub mod restore;
 mod run;

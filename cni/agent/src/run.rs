@@ -2,11 +2,12 @@
 
 use std::{fs, io, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
+use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use turnpike_cloud::Cloud;
+use turnpike_daemon::tasks::{Ended, Tasks};
 use turnpike_datapath::{Datapath, Error as DatapathError, Mac, NodePlan, PrimaryEni, Snat};
 use turnpike_ipam::{Config, Store, journal::JournalError};
 use turnpike_rules::pod::{Members, PodNetwork};
@@ -25,10 +26,10 @@ use crate::{
     denials,
     feed::FeedService,
     guard,
-    http::{self, Show},
     identity::{Identity, IdentityError},
     install,
     node::{Node, Parts, datapath_eni},
+    pages::{self, Show},
     policy::{self, Policy},
     restore,
     sockets::{self, Access, SocketError},
@@ -56,8 +57,8 @@ pub enum RunError {
     },
     #[error("the interface address `{0}` is no MAC address")]
     Mac(String),
-    #[error("{0} ended, and the agent with it")]
-    Ended(&'static str),
+    #[error("{0}; the agent ends with it, pods keep their network")]
+    Ended(#[from] Ended),
 }
 
 /// Runs the agent until `stop` is cancelled. The datapath stays when it ends: pods go on.
@@ -82,13 +83,13 @@ pub async fn run<C: Cloud>(
         // First: tasks end because of it.
         biased;
         () = stop.cancelled() => Ok(()),
-        what = tasks.first() => Err(RunError::Ended(what)),
+        ended = tasks.ended() => Err(ended.into()),
     };
     stop.cancel();
     node.work.close();
     let drained = async {
         node.work.wait().await;
-        while tasks.0.join_next().await.is_some() {}
+        tasks.drained().await;
     };
     if tokio::time::timeout(DRAIN, drained).await.is_err() {
         tracing::warn!("not everything ended in time; the next start will restore it");
@@ -190,31 +191,6 @@ fn links() -> Vec<String> {
         .collect()
 }
 
-/// The tasks that must not end before the agent does, by name.
-#[derive(Debug, Default)]
-struct Tasks(JoinSet<&'static str>);
-
-impl Tasks {
-    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.0.spawn(async move {
-            task.await;
-            name
-        });
-    }
-
-    /// The first that ends, or breaks.
-    async fn first(&mut self) -> &'static str {
-        match self.0.join_next().await {
-            Some(Ok(name)) => name,
-            Some(Err(error)) => {
-                tracing::error!(%error, "a task broke");
-                "a task"
-            }
-            None => std::future::pending().await,
-        }
-    }
-}
-
 fn serve(node: &Arc<Node>, tasks: &mut Tasks) -> Result<(), RunError> {
     let Settings {
         cni_socket,
@@ -271,12 +247,12 @@ async fn http_servers(node: &Arc<Node>, tasks: &mut Tasks) -> Result<(), RunErro
     let listener = listen(metrics).await?;
     tasks.spawn(
         "metrics",
-        http::serve(Arc::clone(node), listener, Show::Metrics),
+        pages::serve(Arc::clone(node), listener, Show::Metrics),
     );
     let listener = listen(introspection).await?;
     tasks.spawn(
         "introspection",
-        http::serve(Arc::clone(node), listener, Show::Introspection),
+        pages::serve(Arc::clone(node), listener, Show::Introspection),
     );
     Ok(())
 }

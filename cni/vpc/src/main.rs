@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
+use turnpike_daemon::{log, signals};
 use turnpike_vpc::{
     run::{self, Options},
     spec::{DEFAULT, Spec},
@@ -45,7 +45,7 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
-    log();
+    log::init("info");
     let Cli { command } = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -73,32 +73,10 @@ fn main() -> anyhow::Result<()> {
             let spec = Spec::parse(&text).with_context(|| format!("in {from}"))?;
             let state = std::path::absolute(state).context("finding the state directory")?;
             runtime.block_on(async {
-                let (mut term, mut int) = (
-                    signal(SignalKind::terminate())?,
-                    signal(SignalKind::interrupt())?,
-                );
-                let stop = async move {
-                    tokio::select! {
-                        _ = term.recv() => {}
-                        _ = int.recv() => {}
-                    }
-                };
+                let stop = signals::told_to_end()?;
                 anyhow::Ok(run::run(Options { name, spec, state }, stop).await?)
             })?;
         }
     }
     Ok(())
-}
-
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let logger = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::env::var("TURNPIKE_LOG").is_ok_and(|format| format == "json") {
-        logger.json().init();
-    } else {
-        logger.init();
-    }
 }

@@ -3,14 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use prometheus_client::registry::Registry;
-use tokio::{net::TcpListener, time::timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::net::TcpListener;
 use turnpike_certs::{CredentialStore, server_config};
+use turnpike_daemon::tasks::{Ended, Tasks};
 use turnpike_rules::Identity;
 use turnpike_wire::{audit::audit_server::AuditServer, channel::accept_tls, names::ALPN_GRPC};
 
 use crate::{
-    http::{self, Shared, Show},
+    pages::{self, Shared, Show},
     receive::{Metrics, Receiver},
     store::Store,
 };
@@ -29,14 +29,25 @@ pub struct Listeners {
     pub health: Option<TcpListener>,
 }
 
-/// Serves uploads and questions until cancelled, then lets what runs finish.
+/// Why it does not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error("uploads are not served any more: {0}")]
+    Uploads(#[from] tonic::transport::Error),
+    #[error(transparent)]
+    Ended(#[from] Ended),
+}
+
+/// Serves uploads and questions until `stop`, or until one of `tasks`, which run beside it, ends. Who
+/// is being served then is dropped: a gate resumes where its last acknowledgement was.
 pub async fn run(
     store: Store,
     credentials: Arc<CredentialStore>,
     gate: Identity,
     listeners: Listeners,
-    cancel: CancellationToken,
-) -> Result<(), tonic::transport::Error> {
+    mut tasks: Tasks,
+    stop: impl Future<Output = ()>,
+) -> Result<(), RunError> {
     let Listeners {
         uploads,
         questions,
@@ -51,11 +62,12 @@ pub async fn run(
         receiver: receiver.clone(),
         registry,
     });
-    let tasks = TaskTracker::new();
-    for (listener, show) in [(Some(questions), Show::Record), (health, Show::Health)] {
-        let Some(listener) = listener else { continue };
-        let serving = http::serve(listener, show, shared.clone());
-        tasks.spawn(cancel.clone().run_until_cancelled_owned(serving));
+    tasks.spawn(
+        "the record's pages",
+        pages::serve(questions, Show::Record, shared.clone()),
+    );
+    if let Some(health) = health {
+        tasks.spawn("health", pages::serve(health, Show::Health, shared));
     }
     let incoming = accept_tls(uploads, server_config(credentials, &[ALPN_GRPC]));
     let service = AuditServer::new(receiver).max_decoding_message_size(MAX_MESSAGE);
@@ -64,13 +76,10 @@ pub async fn run(
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(service)
         .serve_with_incoming(incoming);
-    // Uploads never end by themselves; a gate resumes where its last acknowledgement was.
-    let result = tokio::select! {
-        result = serving => result,
-        () = cancel.cancelled() => Ok(()),
-    };
-    cancel.cancel();
-    tasks.close();
-    let _ = timeout(Duration::from_secs(5), tasks.wait()).await;
-    result
+    tokio::select! {
+        biased;
+        () = stop => Ok(()),
+        ended = tasks.ended() => Err(ended.into()),
+        ended = serving => Ok(ended?),
+    }
 }

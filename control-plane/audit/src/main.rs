@@ -4,16 +4,13 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
 use clap::Parser;
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
-use tokio_util::sync::CancellationToken;
+use tokio::net::TcpListener;
 use turnpike_audit::{
     Store,
     app::{self, Listeners},
 };
 use turnpike_certs::CredentialStore;
+use turnpike_daemon::{log, signals, tasks::Tasks};
 use turnpike_rules::Identity;
 use turnpike_wire::{ca_client, channel::Controller};
 
@@ -28,24 +25,28 @@ struct Args {
     #[arg(long, env = "TURNPIKE_STORE")]
     store: String,
     /// Questions, metrics and health
-    #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15017")]
+    #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15018")]
     http: SocketAddr,
     /// Metrics and health alone, where others than this host may ask; unset: nowhere else
     #[arg(long, env = "TURNPIKE_HEALTH")]
     health: Option<SocketAddr>,
+    /// Of the identities of gates and of the record itself
     #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
-    /// host:port
+    /// host:port of the controller
     #[arg(long, env = "TURNPIKE_CONTROLLER")]
     controller: String,
+    /// The name in the controller's certificate
     #[arg(
         long,
         env = "TURNPIKE_CONTROLLER_NAME",
         default_value = "turnpike-controller.turnpike-system.svc"
     )]
     controller_name: String,
+    /// The record's service-account token, with audience `istio-ca`
     #[arg(long, env = "TURNPIKE_TOKEN_FILE")]
     token_file: PathBuf,
+    /// The mesh's roots
     #[arg(long, env = "TURNPIKE_ROOT_FILE")]
     root_file: PathBuf,
 }
@@ -53,9 +54,8 @@ struct Args {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    log();
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    log::init("info");
+    let told_to_end = signals::told_to_end()?;
     let system = |account: &str| Identity::new(&args.trust_domain, "turnpike-system", account);
     let store = Store::open(&args.store)
         .await
@@ -81,37 +81,10 @@ async fn main() -> anyhow::Result<()> {
         token_file: args.token_file.clone(),
     };
     let renewal = ca_client::keep_fresh(controller, system("turnpike-audit")?, credentials.clone());
-    let cancel = CancellationToken::new();
-    let stop = cancel.clone();
+    let mut tasks = Tasks::default();
+    tasks.spawn("the certificate's renewal", renewal);
     let gate = system("turnpike-gate")?;
-    tokio::select! {
-        result = app::run(store, credentials, gate, listeners, cancel.clone()) => {
-            result.context("serving uploads")?;
-        }
-        () = renewal => {}
-        () = async {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            tracing::info!("stopping");
-            stop.cancel();
-            // The server ends by the token; this arm must not win before it has.
-            std::future::pending::<()>().await;
-        } => {}
-    }
+    app::run(store, credentials, gate, listeners, tasks, told_to_end).await?;
+    tracing::info!("stopping");
     Ok(())
-}
-
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::env::var("TURNPIKE_LOG").is_ok_and(|format| format == "json") {
-        builder.json().init();
-    } else {
-        builder.init();
-    }
 }

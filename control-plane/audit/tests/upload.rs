@@ -22,6 +22,7 @@ use turnpike_audit::{
 use turnpike_certs::{
     Authority, CredentialStore, KeyRequest, LEAF_LIFETIME, TrustBundle, client_config,
 };
+use turnpike_daemon::tasks::Tasks;
 use turnpike_gate::{
     metrics::Metrics,
     spool::{Spool, SpoolConfig, Writer, now_ms},
@@ -114,7 +115,8 @@ impl Server {
                 questions,
                 health: Some(health),
             },
-            cancel.clone(),
+            Tasks::default(),
+            cancel.clone().cancelled_owned(),
         );
         let task = tokio::spawn(async move { running.await.unwrap() });
         (

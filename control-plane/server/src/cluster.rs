@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::Context;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::{Api, Client};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use turnpike_certs::{Authority, ClientAuth, CredentialStore, server_config_with};
+use turnpike_daemon::tasks::Tasks;
 use turnpike_discovery::Discovery;
 use turnpike_kubernetes::{
     Impairments,
@@ -84,7 +85,7 @@ impl Cluster {
     /// returned is cancelled.
     pub(crate) fn spawn(
         self,
-        tasks: &mut JoinSet<()>,
+        tasks: &mut Tasks,
         certificate: Arc<CredentialStore>,
         discovery: &Discovery,
         health: &Arc<Health>,
@@ -97,7 +98,7 @@ impl Cluster {
             roots,
             webhook,
         } = self;
-        tasks.spawn(roots.run());
+        tasks.spawn("the root in every namespace", roots.run());
         let statuses = StatusWriter {
             client: client.clone(),
             policies: stores.policies.clone(),
@@ -106,7 +107,7 @@ impl Cluster {
             impairments: health.impairments().clone(),
         };
         let synced = health.clone();
-        tasks.spawn(async move {
+        tasks.spawn("statuses", async move {
             // Before, what a policy needs may yet come.
             synced.synced().await;
             statuses.run().await;
@@ -130,14 +131,14 @@ impl Cluster {
             impairments: health.impairments().clone(),
             settings: settings.settings(),
         };
-        tasks.spawn(notices.run());
+        tasks.spawn("notices to pods outside the mesh", notices.run());
         let tls = server_config_with(certificate, &ALPN, ClientAuth::None);
-        tasks.spawn(settings.follow());
-        tasks.spawn(bundle.run());
+        tasks.spawn("the injector's settings", settings.follow());
+        tasks.spawn("the webhook's caBundle", bundle.run());
         let ended = CancellationToken::new();
         let guard = ended.clone().drop_guard();
         let serving = webhook::serve(listener, tls, injector, stop.clone());
-        tasks.spawn(async move {
+        tasks.spawn("the injector", async move {
             let _guard = guard;
             serving.await;
         });

@@ -9,11 +9,12 @@ use std::{
 
 use anyhow::Context;
 use kube::Client;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use turnpike_api::ObjectKey;
 use turnpike_certs::{Authority, ClientAuth, server_config_with};
+use turnpike_daemon::tasks::Tasks;
 use turnpike_discovery::Discovery;
 use turnpike_kubernetes::{
     Event, Place, Source,
@@ -30,7 +31,7 @@ use crate::{
     cluster::Cluster,
     config::{Config, KubernetesConfig, SourceConfig, TokensConfig},
     feed::{self, Health},
-    http::{self, Pages},
+    pages::{self, Pages},
 };
 
 /// The record of what was issued, in the state directory.
@@ -175,7 +176,7 @@ impl Controller {
             discovery: discovery.clone(),
             health: health.clone(),
         };
-        let mut tasks = JoinSet::new();
+        let mut tasks = Tasks::default();
         let webhook = cluster.and_then(|cluster| {
             let certificate = store.clone();
             cluster.spawn(
@@ -187,21 +188,19 @@ impl Controller {
                 &stop,
             )
         });
-        tasks.spawn(http::serve(http, pages));
-        tasks.spawn(feed::run(
-            source,
-            discovery.clone(),
-            health.clone(),
-            metrics,
-        ));
-        tasks.spawn(async move { own.keep_fresh().await });
+        tasks.spawn("pages", pages::serve(http, pages));
+        let feed = feed::run(source, discovery.clone(), health.clone(), metrics);
+        tasks.spawn("the source", feed);
+        tasks.spawn("the controller's own certificate", async move {
+            own.keep_fresh().await;
+        });
 
         tokio::select! {
             // First: once it says that it is ready, it ends in order.
             biased;
             () = health.synced() => {}
             () = stop.cancelled() => return Ok(()),
-            Some(ended) = tasks.join_next() => anyhow::bail!("a part ended by itself: {ended:?}"),
+            ended = tasks.ended() => return Err(ended.into()),
         }
         let config = server_config_with(store, &[ALPN_GRPC], ClientAuth::None);
         // Not `stop` itself: by that a server without calls ends at once, as if by itself.
@@ -216,9 +215,11 @@ impl Controller {
             .serve_with_incoming_shutdown(accept_tls(grpc, config), drain.cancelled());
         let mut served = std::pin::pin!(served);
         tokio::select! {
-            ended = &mut served => return ended.context("gRPC ended by itself"),
+            // First: what ends because of it has not ended by itself.
+            biased;
             () = stop.cancelled() => {}
-            Some(ended) = tasks.join_next() => anyhow::bail!("a part ended by itself: {ended:?}"),
+            ended = tasks.ended() => return Err(ended.into()),
+            ended = &mut served => return ended.context("gRPC ended by itself"),
         }
         tracing::info!("stopping");
         health.stop();

@@ -5,7 +5,7 @@
 //! 2. The source's objects flow through [`feed`] into the model behind discovery. Until the first
 //!    round is complete nothing is served, so that nobody is told that what exists does not.
 //! 3. gRPC over TLS serves discovery and the CA; [`auth`] stands in front of both.
-//! 4. [`http`] shows metrics, health and what was rejected.
+//! 4. [`pages`] shows metrics, health and what was rejected.
 //! 5. In a cluster it also answers the injection webhook ([`webhook`]) and keeps in the API what
 //!    pods need to trust it (`cluster`), and says on each policy what became of it (`status`).
 //! 6. [`Controller::run`] ends when it is told to: streams are closed with a reason, calls in
@@ -20,8 +20,8 @@ mod cluster;
 mod config;
 mod controller;
 pub mod feed;
-pub mod http;
 mod metrics;
+pub mod pages;
 mod status;
 mod text;
 pub mod webhook;

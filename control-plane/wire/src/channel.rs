@@ -17,8 +17,9 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use turnpike_certs::{InvalidBundle, TrustBundle};
+use turnpike_daemon::slots::ConnectionSlots;
 
-use crate::{names::ALPN_GRPC, places::Places};
+use crate::names::ALPN_GRPC;
 
 /// For the name, the connection and the handshake together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,7 +28,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A client that has not finished its handshake by then is dropped.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Handshakes at once; at one more [`Places`] ends one.
+/// Handshakes at once.
 const HANDSHAKES: usize = 256;
 /// Connections past their handshake that the server has not taken. At one more, handshakes wait.
 const WAITING: usize = 16;
@@ -164,8 +165,8 @@ pub async fn connect(
 
 /// Accepts TLS connections for `tonic::transport::Server::serve_with_incoming`.
 ///
-/// Ends when the stream is dropped. Handshakes run side by side, so that a slow client keeps
-/// nobody waiting, nor do many; one that fails is logged and leaves no trace in the stream.
+/// Ends when the stream is dropped. Handshakes run side by side, and one client's cannot keep out
+/// another's ([`ConnectionSlots`]); one that fails is logged and leaves no trace in the stream.
 pub fn accept_tls(
     listener: TcpListener,
     config: Arc<ServerConfig>,
@@ -173,7 +174,7 @@ pub fn accept_tls(
     let (done, incoming) = mpsc::channel(WAITING);
     let acceptor = TlsAcceptor::from(config);
     tokio::spawn(async move {
-        let mut places = Places::new(HANDSHAKES);
+        let mut slots = ConnectionSlots::new(HANDSHAKES, HANDSHAKE_TIMEOUT);
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -182,11 +183,12 @@ pub fn accept_tls(
             match accepted {
                 Ok((tcp, peer)) => {
                     let (acceptor, done) = (acceptor.clone(), done.clone());
-                    places.take(peer.ip(), async move {
+                    let connection = async move {
                         if let Some(stream) = handshake(tcp, peer, &acceptor).await {
                             let _ = done.send(Ok(stream)).await;
                         }
-                    });
+                    };
+                    slots.take(peer.ip(), connection).await;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");

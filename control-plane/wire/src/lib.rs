@@ -7,8 +7,7 @@
 //!
 //! A process of the data plane, in order: [`channel`] takes it to the controller, [`ca_client`]
 //! gets and renews its certificate, [`ads`] subscribes to what it must know, [`names`] says how
-//! each thing is called. What people, kubelet and Prometheus ask of any daemon, [`pages`] answers;
-//! [`places`] keeps any server's connections bounded.
+//! each thing is called.
 
 #[allow(
     clippy::all,
@@ -60,8 +59,6 @@ pub mod backoff;
 pub mod ca_client;
 pub mod channel;
 pub mod names;
-pub mod pages;
-pub mod places;
 pub mod resource;
 
 pub use generated::{

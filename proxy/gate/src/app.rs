@@ -31,7 +31,6 @@ use turnpike_wire::{
 };
 
 use crate::{
-    admin,
     control::Control,
     dns::{self, DnsConfig, Resolver},
     door::{
@@ -41,6 +40,7 @@ use crate::{
     feed,
     listen::Sockets,
     metrics::Metrics,
+    pages,
     parts::{PartEnded, Parts},
     spool::{Reader, SpoolConfig, StoreError, Writer, now_ms},
     state::{Answer, Owner, PodLimits, State},
@@ -185,13 +185,13 @@ impl Gate {
             self.part("DNS over TCP", known.clone().then(|()| serving));
         }
         let http = TcpListener::from_std(http)?;
-        let pages = admin::Pages {
+        let pages = pages::Pages {
             state: self.state.clone(),
             spool: self.spool.clone(),
             metrics: self.metrics.clone(),
             parts: self.parts.clone(),
         };
-        self.part("pages", admin::serve(http, pages));
+        self.part("pages", pages::serve(http, pages));
         Ok(())
     }
 

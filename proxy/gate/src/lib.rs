@@ -12,10 +12,9 @@
 //!    ledger, dials with the pod's own address, and cuts what is no longer allowed.
 //! 5. [`spool`] has every connection on disk before its first byte leaves; [`upload`] carries the
 //!    record to the central one.
-//! 6. [`admin`] shows metrics and health; [`parts`] knows when one of all these has ended, and then
+//! 6. [`pages`] shows metrics and health; [`parts`] knows when one of all these has ended, and then
 //!    the gate ends, to be started anew.
 
-pub mod admin;
 pub mod app;
 pub mod bucket;
 pub mod control;
@@ -25,6 +24,7 @@ pub mod door;
 pub mod feed;
 pub mod listen;
 pub mod metrics;
+pub mod pages;
 pub mod parts;
 pub mod privileges;
 pub mod spool;

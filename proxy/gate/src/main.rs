@@ -9,8 +9,8 @@ use std::{
 };
 
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 use turnpike_certs::CredentialStore;
+use turnpike_daemon::{log, signals};
 use turnpike_gate::{
     app::{Gate, GateConfig, Sources},
     dns::DnsConfig,
@@ -28,23 +28,29 @@ use turnpike_wire::channel::Controller;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
+    /// The node's name in the cluster
     #[arg(long, env = "TURNPIKE_NODE_NAME")]
     node_name: String,
+    /// The cluster's name, as the controller has it
     #[arg(long, env = "TURNPIKE_CLUSTER", default_value = "cluster")]
     cluster: String,
+    /// The mesh's trust domain
     #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
-    /// host:port
+    /// host:port of the controller
     #[arg(long, env = "TURNPIKE_CONTROLLER", value_parser = filled_in)]
     controller: String,
+    /// The name in the controller's certificate
     #[arg(
         long,
         env = "TURNPIKE_CONTROLLER_NAME",
         default_value = "turnpike-controller.turnpike-system.svc"
     )]
     controller_name: String,
+    /// The gate's service-account token, with audience `istio-ca`
     #[arg(long, env = "TURNPIKE_TOKEN_FILE")]
     token_file: PathBuf,
+    /// The mesh's roots
     #[arg(long, env = "TURNPIKE_ROOT_FILE")]
     root_file: PathBuf,
     /// The agent's feed
@@ -56,8 +62,10 @@ struct Args {
     /// The record never takes more than this on disk; then new egress is denied
     #[arg(long, env = "TURNPIKE_SPOOL_MAX_BYTES", default_value_t = 1 << 30)]
     spool_max_bytes: u64,
+    /// Port of the door, to which the node's rules turn captured TCP
     #[arg(long, env = "TURNPIKE_DOOR", default_value_t = 15002)]
     door: u16,
+    /// Addresses at which pods' DNS questions are answered
     #[arg(
         long,
         env = "TURNPIKE_DNS_LISTEN",
@@ -71,6 +79,7 @@ struct Args {
     /// IP or IP:port of the cluster's DNS
     #[arg(long, env = "TURNPIKE_CLUSTER_DNS", value_parser = server)]
     cluster_dns: SocketAddr,
+    /// The cluster's DNS domain
     #[arg(long, env = "TURNPIKE_CLUSTER_DOMAIN", default_value = "cluster.local")]
     cluster_domain: HostName,
     /// Further domains in the pods' search lists, such as eu-west-1.compute.internal
@@ -79,8 +88,10 @@ struct Args {
     /// host:port of the central record; without it entries stay in the spool
     #[arg(long, env = "TURNPIKE_AUDIT", value_parser = filled_in)]
     audit: Option<String>,
+    /// Metrics and health
     #[arg(long, env = "TURNPIKE_HTTP", default_value = "127.0.0.1:15022")]
     http: SocketAddr,
+    /// The user to become once all is bound
     #[arg(long, env = "TURNPIKE_UID", default_value_t = 1338)]
     uid: u32,
     /// Seconds that door and DNS wait at the start for the node's pods and their policies
@@ -111,7 +122,7 @@ fn filled_in(text: &str) -> Result<String, &'static str> {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    log();
+    log::init("info");
     let dns: Vec<_> = args
         .dns_listen
         .iter()
@@ -129,19 +140,6 @@ fn main() -> anyhow::Result<()> {
         .block_on(run(args, sockets))
 }
 
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::env::var("TURNPIKE_LOG").is_ok_and(|format| format == "json") {
-        builder.json().init();
-    } else {
-        builder.init();
-    }
-}
-
 /// A node without IPv6 has no IPv6 resolver address; that is no reason not to start.
 fn usable(ip: IpAddr) -> bool {
     ip.is_ipv4() || std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
@@ -149,8 +147,7 @@ fn usable(ip: IpAddr) -> bool {
 
 async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
     let system = |account: &str| Identity::new(&args.trust_domain, "turnpike-system", account);
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let told_to_end = signals::told_to_end()?;
     let mut spool = SpoolConfig::new(&args.spool_dir, &args.node_name);
     spool.max_bytes = args.spool_max_bytes;
     let config = GateConfig {
@@ -190,11 +187,5 @@ async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
     let gate = Gate::start(config, PodLimits::default(), credentials, sockets).await?;
     gate.follow(sources);
     tracing::info!("the gate has started");
-    let asked = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    Ok(gate.run(asked).await?)
+    Ok(gate.run(told_to_end).await?)
 }

@@ -19,7 +19,9 @@ use tokio::{
     sync::watch,
 };
 use turnpike_certs::CredentialStore;
-use turnpike_wire::pages::{self, Asked, LIFE, Method, Page, StatusCode, text};
+use turnpike_daemon::pages::{
+    self, CONNECTION_LIFETIME, Method, Request, Response, StatusCode, text,
+};
 
 use crate::{
     control::store::Store,
@@ -178,22 +180,22 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-type Answer = fn(&State, &Asked) -> Page;
+type Answer = fn(&State, &Request) -> Response;
 
 async fn listen(listener: TcpListener, state: Arc<State>, answer: Answer) {
-    let answer = move |asked| std::future::ready(answer(&state, &asked));
-    pages::serve(listener, LIFE, answer).await;
+    let answer = move |request| std::future::ready(answer(&state, &request));
+    pages::serve(listener, CONNECTION_LIFETIME, answer).await;
 }
 
-fn answer_ready(state: &State, asked: &Asked) -> Page {
-    match (&asked.method, asked.uri.path()) {
+fn answer_ready(state: &State, request: &Request) -> Response {
+    match (&request.method, request.uri.path()) {
         (&Method::GET | &Method::HEAD, "/healthz/ready") => ready(state),
         _ => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
     }
 }
 
-fn answer_metrics(state: &State, asked: &Asked) -> Page {
-    match (&asked.method, asked.uri.path()) {
+fn answer_metrics(state: &State, request: &Request) -> Response {
+    match (&request.method, request.uri.path()) {
         (&Method::GET | &Method::HEAD, "/metrics" | "/stats/prometheus") => metrics(state),
         _ => text(
             StatusCode::NOT_FOUND,
@@ -202,15 +204,15 @@ fn answer_metrics(state: &State, asked: &Asked) -> Page {
     }
 }
 
-fn answer_admin(state: &State, asked: &Asked) -> Page {
-    match (&asked.method, asked.uri.path()) {
+fn answer_admin(state: &State, request: &Request) -> Response {
+    match (&request.method, request.uri.path()) {
         (&Method::GET, "/") => text(StatusCode::OK, HELP),
         (&Method::GET, "/config_dump") => pages::json(&state.store.dump()),
         (&Method::GET, "/clusters") => text(StatusCode::OK, state.store.clusters()),
         (&Method::GET, "/certs") => pages::json(&certificates(&state.credentials)),
         (&Method::GET, "/ready") => ready(state),
         (&Method::GET, "/stats/prometheus") => metrics(state),
-        (&Method::POST, "/logging") => logging(state, asked.uri.query().unwrap_or_default()),
+        (&Method::POST, "/logging") => logging(state, request.uri.query().unwrap_or_default()),
         (_, "/logging") => text(
             StatusCode::METHOD_NOT_ALLOWED,
             "POST /logging?level=FILTER\n",
@@ -227,24 +229,18 @@ GET  /ready              whether the proxy serves, else why not\n\
 GET  /stats/prometheus   metrics\n\
 POST /logging?level=F    log filter, as RUST_LOG writes it (debug, turnpike_sidecar=trace)\n";
 
-fn ready(state: &State) -> Page {
-    match state.unready() {
-        None => text(StatusCode::OK, "ready\n"),
-        Some(reason) => text(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("not ready: {reason}\n"),
-        ),
-    }
+fn ready(state: &State) -> Response {
+    pages::ready(state.unready())
 }
 
-fn metrics(state: &State) -> Page {
+fn metrics(state: &State) -> Response {
     match state.telemetry.get() {
         Some(telemetry) => pages::metrics(telemetry.exposition(state.gauges())),
         None => pages::metrics("# EOF\n"),
     }
 }
 
-fn logging(state: &State, query: &str) -> Page {
+fn logging(state: &State, query: &str) -> Response {
     let level = query
         .split('&')
         .find_map(|pair| pair.strip_prefix("level="));

@@ -22,7 +22,6 @@ pub mod control;
 pub mod cores;
 pub mod mesh;
 pub mod observe;
-pub mod tasks;
 pub mod telemetry;
 
 mod balance;

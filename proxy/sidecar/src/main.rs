@@ -10,6 +10,7 @@ use std::{
     io::IsTerminal,
     net::IpAddr,
     path::PathBuf,
+    pin::pin,
     process::ExitCode,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -17,13 +18,11 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::watch,
-};
+use tokio::sync::watch;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
+use turnpike_daemon::{signals, tasks::Tasks};
 use turnpike_rules::{Identity, workload::SelfConfig};
 use turnpike_sidecar::{
     DataPlane,
@@ -32,7 +31,6 @@ use turnpike_sidecar::{
     control::{Control, ControlConfig},
     cores,
     mesh::Mesh,
-    tasks::Tasks,
     telemetry::{
         Own, Telemetry,
         access_log::AccessLog,
@@ -74,10 +72,13 @@ struct Args {
         default_value = "/var/run/secrets/turnpike/root/root.pem"
     )]
     root_file: PathBuf,
+    /// The cluster's name, as the controller has it.
     #[arg(long, env = "TURNPIKE_CLUSTER", default_value = "cluster")]
     cluster: String,
+    /// The network's name, as the controller has it.
     #[arg(long, env = "TURNPIKE_NETWORK", default_value = "default")]
     network: String,
+    /// The mesh's trust domain.
     #[arg(long, env = "TURNPIKE_TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
     /// Keeps the last state here, so that a restart does without the controller.
@@ -90,17 +91,22 @@ struct Args {
     /// How long connections may take to finish after SIGTERM, in seconds.
     #[arg(long, env = "TURNPIKE_DRAIN_SECONDS", default_value_t = 20)]
     drain_seconds: u64,
+    /// The pod's name.
     #[arg(long, env = "POD_NAME")]
     pod_name: String,
+    /// The pod's namespace.
     #[arg(long, env = "POD_NAMESPACE")]
     pod_namespace: String,
+    /// The pod's UID, under which the controller knows it.
     #[arg(long, env = "POD_UID")]
     pod_uid: String,
     /// The pod's addresses, with commas between them.
     #[arg(long, env = "POD_IP", value_delimiter = ',')]
     pod_ip: Vec<IpAddr>,
+    /// The pod's node, for telemetry.
     #[arg(long, env = "NODE_NAME", default_value = "")]
     node_name: String,
+    /// The pod's service account: its identity.
     #[arg(long, env = "SERVICE_ACCOUNT")]
     service_account: String,
     /// Where spans and metrics go over OTLP (gRPC); nowhere without it.
@@ -117,9 +123,15 @@ struct Args {
     /// How often metrics go there, in milliseconds.
     #[arg(long, env = "OTEL_METRIC_EXPORT_INTERVAL", default_value_t = 15_000)]
     otlp_interval_ms: u64,
-    /// `json`: the program's own log as JSON.
-    #[arg(long, env = "TURNPIKE_LOG", default_value = "text")]
-    log: String,
+    /// The form of the program's own log.
+    #[arg(long, env = "TURNPIKE_LOG", value_enum, default_value = "text")]
+    log: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
 }
 
 /// What was typed, valid.
@@ -208,7 +220,7 @@ impl TryFrom<Args> for Settings {
                 headers,
                 resource: Vec::new(),
             }),
-            json_log: log == "json",
+            json_log: log == LogFormat::Json,
         })
     }
 }
@@ -246,7 +258,7 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
         json_log: _,
     } = settings;
     let cluster = control.cluster.clone();
-    let mut stop = Stop::listen()?;
+    let mut told_to_end = pin!(signals::told_to_end()?);
     let admin = Admin::bind(&AdminConfig::default())?;
     let mut control = Control::start(control);
     let state = Arc::new(State {
@@ -264,7 +276,7 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
         own = ready => own,
         ended = tasks.ended() => return Err(ended.into()),
         ended = control.ended() => return Err(ended.into()),
-        () = stop.asked() => return Ok(()),
+        () = &mut told_to_end => return Ok(()),
     };
     let exports = otlp.map(|config| OtlpConfig {
         resource: resource(&own, &pod),
@@ -285,7 +297,7 @@ async fn run(settings: Settings, set_level: SetLevel) -> anyhow::Result<()> {
     tracing::info!(pod = pod.name, namespace = pod.namespace, "serving");
 
     let ended = tokio::select! {
-        () = stop.asked() => Ok(()),
+        () = &mut told_to_end => Ok(()),
         ended = tasks.ended() => Err(ended),
         ended = control.ended() => Err(ended),
         // Its connections are gone, and nobody may be left to take new ones: at once.
@@ -383,28 +395,4 @@ fn start_log(json: bool) -> anyhow::Result<SetLevel> {
         let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
         handle.reload(filter).map_err(|error| error.to_string())
     }))
-}
-
-/// SIGTERM, as kubelet sends it, and Ctrl-C.
-struct Stop {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Stop {
-    fn listen() -> anyhow::Result<Self> {
-        let on = |kind| signal(kind).context("listening for signals");
-        let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
-        Ok(Self {
-            terminate: on(terminate)?,
-            interrupt: on(interrupt)?,
-        })
-    }
-
-    async fn asked(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
 }

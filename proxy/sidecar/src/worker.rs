@@ -19,6 +19,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::mpsc,
 };
+use turnpike_daemon::tasks::reason;
 use turnpike_rules::{ServiceKey, workload::Workload};
 
 use crate::{
@@ -35,7 +36,6 @@ use crate::{
     outbound,
     service::{self, Gone, Port, Service},
     shared::{Shared, SharedService},
-    tasks::reason,
 };
 
 /// How often idle connections and slow clients are looked for.

@@ -40,6 +40,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 use tokio_util::sync::CancellationToken;
+use turnpike_daemon::slots::ConnectionSlots;
 use turnpike_kubernetes::{
     cluster::Namespaces,
     inject::{
@@ -47,7 +48,6 @@ use turnpike_kubernetes::{
         review::{self, Outcome},
     },
 };
-use turnpike_wire::places::Places;
 
 pub use settings::{SettingsError, SettingsFile};
 
@@ -56,7 +56,7 @@ use crate::{metrics::Metrics, text::one_line};
 const PATH: &str = "/inject";
 /// A pod is 1.5 MiB at most, and comes once.
 const MAX_BODY: usize = 3 << 20;
-/// Connections at once; at one more [`Places`] ends one, not the API server's few.
+/// Connections at once, of which the API server shares a few.
 const CONNECTIONS: usize = 128;
 /// Calls at once in one connection.
 const STREAMS: u32 = 100;
@@ -99,7 +99,7 @@ pub async fn serve(
 ) {
     let last = later(&stop, LINGER);
     let acceptor = TlsAcceptor::from(tls);
-    let mut places = Places::new(CONNECTIONS);
+    let mut slots = ConnectionSlots::new(CONNECTIONS, HANDSHAKE);
     loop {
         let accepted = tokio::select! {
             () = last.cancelled() => break,
@@ -108,7 +108,8 @@ pub async fn serve(
         match accepted {
             Ok((stream, peer)) => {
                 let (acceptor, injector, stop) = (acceptor.clone(), injector.clone(), stop.clone());
-                places.take(peer.ip(), connection(stream, acceptor, injector, stop));
+                let connection = connection(stream, acceptor, injector, stop);
+                slots.take(peer.ip(), connection).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection for the injector");
@@ -116,7 +117,7 @@ pub async fn serve(
             }
         }
     }
-    let _ = timeout(DRAIN, places.drained()).await;
+    let _ = timeout(DRAIN, slots.drained()).await;
 }
 
 /// Cancelled some time after `stop` is.

@@ -23,8 +23,8 @@ use turnpike_certs::CredentialStore;
 use turnpike_rules::{Identity, workload::SelfConfig};
 use turnpike_wire::{ads, ca_client, channel::Controller};
 
-use crate::tasks::{Ended, Tasks};
 use store::Store;
+use turnpike_daemon::tasks::{Ended, Tasks};
 
 /// How often idle entries are looked for, and a changed state is written to disk.
 const EVICTION_INTERVAL: Duration = Duration::from_secs(30);

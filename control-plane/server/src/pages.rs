@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use tokio::net::TcpListener;
+use turnpike_daemon::pages::{
+    self, CONNECTION_LIFETIME, Request, Response, StatusCode, json, text,
+};
 use turnpike_discovery::{Adoption, Counters, Discovery, SubscriberStatus};
 use turnpike_kubernetes::Place;
-use turnpike_wire::pages::{self, Asked, LIFE, Page, StatusCode, json, text};
 
 use crate::{feed::Health, metrics::Metrics};
 
@@ -20,23 +22,20 @@ pub struct Pages {
 
 /// Serves until dropped, and its connections with it.
 pub async fn serve(listener: TcpListener, pages: Pages) {
-    let answer = move |asked| std::future::ready(pages.answer(&asked));
-    pages::serve(listener, LIFE, answer).await;
+    let answer = move |request| std::future::ready(pages.answer(&request));
+    pages::serve(listener, CONNECTION_LIFETIME, answer).await;
 }
 
 impl Pages {
-    fn answer(&self, asked: &Asked) -> Page {
-        if !asked.reads() {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "allowed are GET and HEAD\n");
+    fn answer(&self, request: &Request) -> Response {
+        if !request.is_safe() {
+            return pages::read_only();
         }
-        match asked.uri.path() {
+        match request.uri.path() {
             "/metrics" => pages::metrics(self.metrics.text()),
-            "/healthz/live" => text(StatusCode::OK, "alive\n"),
-            "/healthz/ready" => match self.health.why_not_ready() {
-                None => text(StatusCode::OK, "ready\n"),
-                Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
-            },
-            "/debug/rejections" | "/debug/status" if !asked.near => text(
+            "/healthz/live" => pages::live(),
+            "/healthz/ready" => pages::ready(self.health.why_not_ready()),
+            "/debug/rejections" | "/debug/status" if !request.from_this_host => text(
                 StatusCode::FORBIDDEN,
                 "/debug is for callers on the controller's own host: use kubectl port-forward, or \
                  ask over loopback\n",
@@ -113,8 +112,8 @@ struct ConditionStatus {
 
 #[cfg(test)]
 mod tests {
+    use turnpike_daemon::pages::Method;
     use turnpike_model::{Model, Settings};
-    use turnpike_wire::pages::Method;
 
     use super::*;
 
@@ -134,9 +133,13 @@ mod tests {
     #[test]
     fn debug_pages_are_for_the_same_host() {
         let pages = pages();
-        let status = |method, path: &str, near| {
-            let uri = path.parse().unwrap();
-            pages.answer(&Asked { method, uri, near }).status()
+        let status = |method, path: &str, from_this_host| {
+            let request = Request {
+                method,
+                uri: path.parse().unwrap(),
+                from_this_host,
+            };
+            pages.answer(&request).status()
         };
         for path in ["/debug/rejections", "/debug/status"] {
             assert_eq!(status(Method::GET, path, true), StatusCode::OK);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 use tokio::net::TcpListener;
-use turnpike_wire::pages::{self, Asked, LIFE, Page, StatusCode, text};
+use turnpike_daemon::pages::{self, CONNECTION_LIFETIME, Request, Response, StatusCode, text};
 
 use crate::{node::Node, node::note_of};
 
@@ -18,17 +18,17 @@ pub enum Show {
 
 /// Serves until the node stops.
 pub async fn serve(node: Arc<Node>, listener: TcpListener, show: Show) {
-    let asked = Arc::clone(&node);
-    let answer = move |question| std::future::ready(answer(&asked, &question, show));
-    let serving = pages::serve(listener, LIFE, answer);
+    let shown = Arc::clone(&node);
+    let answer = move |request| std::future::ready(answer(&shown, &request, show));
+    let serving = pages::serve(listener, CONNECTION_LIFETIME, answer);
     node.stop.run_until_cancelled(serving).await;
 }
 
-fn answer(node: &Node, asked: &Asked, show: Show) -> Page {
-    if !asked.reads() {
-        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
+fn answer(node: &Node, request: &Request, show: Show) -> Response {
+    if !request.is_safe() {
+        return pages::read_only();
     }
-    match (show, asked.uri.path()) {
+    match (show, request.uri.path()) {
         (Show::Metrics, "/metrics") => {
             let counts = node.store.read(|pool| pool.counts(node.now()));
             match node.metrics.scrape(counts) {
@@ -36,11 +36,8 @@ fn answer(node: &Node, asked: &Asked, show: Show) -> Page {
                 Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
             }
         }
-        (Show::Metrics, "/healthz/live") => text(StatusCode::OK, "ok\n"),
-        (Show::Metrics, "/healthz/ready") => match node.unready() {
-            None => text(StatusCode::OK, "ok\n"),
-            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
-        },
+        (Show::Metrics, "/healthz/live") => pages::live(),
+        (Show::Metrics, "/healthz/ready") => pages::ready(node.unready()),
         (Show::Introspection, "/v1/enis") => pages::json(&enis(node)),
         (Show::Introspection, "/v1/pods") => pages::json(&pods(node)),
         (Show::Metrics, _) => text(

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use turnpike_wire::pages::{self, Asked, Page, StatusCode, page, text};
+use turnpike_daemon::pages::{self, Request, Response, StatusCode, respond, text};
 
 use crate::{
     query::Query,
@@ -12,8 +12,8 @@ use crate::{
     store::Store,
 };
 
-/// How long a connection lives: a long record takes its time to verify.
-const LIFE: Duration = Duration::from_secs(600);
+/// A long record takes its time to verify; after this a question to it is given up.
+const CONNECTION_LIFETIME: Duration = Duration::from_secs(600);
 
 /// What the answers are made of.
 #[derive(Debug)]
@@ -33,26 +33,23 @@ pub enum Show {
 
 /// Serves until dropped.
 pub async fn serve(listener: TcpListener, show: Show, shared: Arc<Shared>) {
-    let answer = move |asked| {
+    let answer = move |request| {
         let shared = shared.clone();
-        async move { respond(&asked, show, &shared).await }
+        async move { answer(&request, show, &shared).await }
     };
-    pages::serve(listener, LIFE, answer).await;
+    pages::serve(listener, CONNECTION_LIFETIME, answer).await;
 }
 
-async fn respond(asked: &Asked, show: Show, shared: &Shared) -> Page {
-    if !asked.reads() {
-        return text(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "the record is only read: GET\n",
-        );
+async fn answer(request: &Request, show: Show, shared: &Shared) -> Response {
+    if !request.is_safe() {
+        return pages::read_only();
     }
-    match (show, asked.uri.path()) {
-        (_, "/healthz/live") => text(StatusCode::OK, "ok\n"),
-        (_, "/healthz/ready") => ready(shared).await,
+    match (show, request.uri.path()) {
+        (_, "/healthz/live") => pages::live(),
+        (_, "/healthz/ready") => pages::ready(unready(shared).await),
         (_, "/metrics") => metrics(&shared.registry),
         (Show::Record, "/v1/records") => {
-            match Query::parse(asked.uri.query().unwrap_or_default()) {
+            match Query::parse(request.uri.query().unwrap_or_default()) {
                 Ok(query) => json(shared.store.records(&query).await),
                 Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
             }
@@ -75,24 +72,18 @@ async fn respond(asked: &Asked, show: Show, shared: &Shared) -> Page {
     }
 }
 
-/// Whether an upload would be taken.
-async fn ready(shared: &Shared) -> Page {
+/// Why an upload would not be taken.
+async fn unready(shared: &Shared) -> Option<String> {
     if shared.receiver.trust().is_none() {
-        return text(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "waiting for a certificate from the CA; the log says why it takes long\n",
-        );
+        let why = "waiting for a certificate from the CA; the log says why it takes long";
+        return Some(why.to_owned());
     }
-    match shared.store.nodes().await {
-        Ok(_) => text(StatusCode::OK, "ready\n"),
-        Err(error) => text(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("the store cannot be read: {error}\n"),
-        ),
-    }
+    let read = shared.store.nodes().await;
+    read.err()
+        .map(|error| format!("the store cannot be read: {error}"))
 }
 
-fn metrics(registry: &Registry) -> Page {
+fn metrics(registry: &Registry) -> Response {
     let mut body = String::new();
     match prometheus_client::encoding::text::encode(&mut body, registry) {
         Ok(()) => pages::metrics(body),
@@ -103,12 +94,12 @@ fn metrics(registry: &Registry) -> Page {
     }
 }
 
-fn json<T: serde::Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Page {
+fn json<T: serde::Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Response {
     let body = result
         .map_err(|error| error.to_string())
         .and_then(|value| serde_json::to_vec(&value).map_err(|error| error.to_string()));
     match body {
-        Ok(body) => page(StatusCode::OK, "application/json", body),
+        Ok(body) => respond(StatusCode::OK, "application/json", body),
         Err(error) => {
             tracing::error!(error, "a question to the record failed");
             text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n"))

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::net::TcpListener;
-use turnpike_wire::pages::{self, Asked, LIFE, Page, StatusCode, text};
+use turnpike_daemon::pages::{self, CONNECTION_LIFETIME, Request, Response, StatusCode, text};
 
 use crate::{metrics::Metrics, parts::Parts, spool::Spool, state::State};
 
@@ -18,35 +18,32 @@ pub struct Pages {
 
 /// Serves until dropped.
 pub async fn serve(listener: TcpListener, pages: Pages) {
-    let answer = move |asked: Asked| std::future::ready(respond(asked.uri.path(), &pages));
-    pages::serve(listener, LIFE, answer).await;
+    let answer = move |request| std::future::ready(respond(&request, &pages));
+    pages::serve(listener, CONNECTION_LIFETIME, answer).await;
 }
 
-fn respond(path: &str, pages: &Pages) -> Page {
+fn respond(request: &Request, pages: &Pages) -> Response {
+    if !request.is_safe() {
+        return pages::read_only();
+    }
     let Pages {
         state,
         spool,
         metrics,
         parts,
     } = pages;
-    match path {
+    match request.uri.path() {
         "/healthz/live" => match parts.missing() {
-            None => text(StatusCode::OK, "ok\n"),
+            None => pages::live(),
             Some(ended) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{ended}\n")),
         },
         "/healthz/ready" => {
             let view = state.view();
-            match (view.feed_synced, view.policies_known) {
-                (true, true) => text(StatusCode::OK, "ready\n"),
-                (false, _) => text(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    "waiting for the agent's feed to name the node's pods\n",
-                ),
-                (true, false) => text(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    "waiting for the controller to send egress policy\n",
-                ),
-            }
+            pages::ready(match (view.feed_synced, view.policies_known) {
+                (true, true) => None,
+                (false, _) => Some("waiting for the agent's feed to name the node's pods"),
+                (true, false) => Some("waiting for the controller to send egress policy"),
+            })
         }
         "/metrics" => {
             let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);

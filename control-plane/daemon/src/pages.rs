@@ -5,7 +5,10 @@
 
 use std::{convert::Infallible, net::IpAddr, time::Duration};
 
-use http::{HeaderValue, Request, Response, header::CONTENT_TYPE};
+use http::{
+    HeaderValue,
+    header::{ALLOW, CONTENT_TYPE},
+};
 use http_body_util::Full;
 use hyper::{
     body::{Bytes, Incoming},
@@ -20,12 +23,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::places::Places;
+use crate::slots::ConnectionSlots;
 
 pub use http::{Method, StatusCode, Uri};
 
 /// Connections at once.
 const CONNECTIONS: usize = 64;
+/// For which a connection keeps its slot where others wait: half of what kubelet's probes wait.
+const SLOT_TIME: Duration = Duration::from_millis(500);
 /// For a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const HEAD_BYTES: usize = 16 * 1024;
@@ -33,41 +38,42 @@ const HEAD_BYTES: usize = 16 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a connection lives at most, whatever it does: one that does not read its answer would
-/// keep its place for good.
-pub const LIFE: Duration = Duration::from_secs(60);
+/// keep its slot for good.
+pub const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
 
-/// A whole answer.
-pub type Page = Response<Full<Bytes>>;
-
-/// What was asked. Bodies are not read.
+/// What is asked. Bodies are not read.
 #[derive(Clone, Debug)]
-pub struct Asked {
+pub struct Request {
     pub method: Method,
     pub uri: Uri,
     /// Over loopback, or from an address of this host to itself.
-    pub near: bool,
+    pub from_this_host: bool,
 }
 
-impl Asked {
-    /// Whether nothing is to be changed: GET or HEAD.
-    pub fn reads(&self) -> bool {
+impl Request {
+    /// Whether nothing is to be changed by it (RFC 9110, 9.2.1): GET or HEAD.
+    pub fn is_safe(&self) -> bool {
         self.method == Method::GET || self.method == Method::HEAD
     }
 }
 
-/// Answers what is asked at `listener`, one request a connection, until dropped; its connections
-/// end with it. None lives longer than `life`, usually [`LIFE`].
-pub async fn serve<A, F>(listener: TcpListener, life: Duration, answer: A)
+/// A whole answer.
+pub type Response = http::Response<Full<Bytes>>;
+
+/// Answers at `listener`, one request a connection, until dropped; its connections end with it. None
+/// lives longer than `lifetime`, usually [`CONNECTION_LIFETIME`].
+pub async fn serve<A, F>(listener: TcpListener, lifetime: Duration, answer: A)
 where
-    A: Fn(Asked) -> F + Clone + Send + 'static,
-    F: Future<Output = Page> + Send + 'static,
+    A: Fn(Request) -> F + Clone + Send + 'static,
+    F: Future<Output = Response> + Send + 'static,
 {
-    let mut places = Places::new(CONNECTIONS);
+    let mut slots = ConnectionSlots::new(CONNECTIONS, SLOT_TIME);
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let near = near(&stream);
-                places.take(peer.ip(), connection(stream, near, life, answer.clone()));
+                let near = is_from_this_host(&stream);
+                let connection = connection(stream, near, lifetime, answer.clone());
+                slots.take(peer.ip(), connection).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept an HTTP connection");
@@ -79,21 +85,21 @@ where
 
 async fn connection<A, F>(
     stream: impl AsyncRead + AsyncWrite + Unpin,
-    near: bool,
-    life: Duration,
+    from_this_host: bool,
+    lifetime: Duration,
     answer: A,
 ) where
-    A: Fn(Asked) -> F,
-    F: Future<Output = Page>,
+    A: Fn(Request) -> F,
+    F: Future<Output = Response>,
 {
-    let service = service_fn(move |request: Request<Incoming>| {
+    let service = service_fn(move |request: http::Request<Incoming>| {
         let (head, _) = request.into_parts();
-        let page = answer(Asked {
+        let response = answer(Request {
             method: head.method,
             uri: head.uri,
-            near,
+            from_this_host,
         });
-        async move { Ok::<_, Infallible>(page.await) }
+        async move { Ok::<_, Infallible>(response.await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -101,14 +107,14 @@ async fn connection<A, F>(
         .keep_alive(false)
         .max_buf_size(HEAD_BYTES)
         .serve_connection(TokioIo::new(stream), service);
-    match timeout(life, served).await {
+    match timeout(lifetime, served).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "an HTTP connection broke off"),
-        Err(_) => tracing::debug!("an HTTP client did not read its answer"),
+        Err(_) => tracing::debug!(?lifetime, "an HTTP connection took too long"),
     }
 }
 
-fn near(stream: &TcpStream) -> bool {
+fn is_from_this_host(stream: &TcpStream) -> bool {
     match (stream.peer_addr(), stream.local_addr()) {
         (Ok(peer), Ok(local)) => same_host(peer.ip(), local.ip()),
         _ => false,
@@ -120,34 +126,61 @@ fn same_host(peer: IpAddr, local: IpAddr) -> bool {
     peer.is_loopback() || peer == local
 }
 
+/// The process is there.
+pub fn live() -> Response {
+    text(StatusCode::OK, "ok\n")
+}
+
+/// 503 with the reason where the process is `unready`.
+pub fn ready(unready: Option<impl std::fmt::Display>) -> Response {
+    match unready {
+        None => text(StatusCode::OK, "ready\n"),
+        Some(why) => text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("not ready: {why}\n"),
+        ),
+    }
+}
+
+/// For requests that would change something.
+pub fn read_only() -> Response {
+    let mut response = text(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this is only read: use GET or HEAD\n",
+    );
+    let allowed = HeaderValue::from_static("GET, HEAD");
+    response.headers_mut().insert(ALLOW, allowed);
+    response
+}
+
 /// Plain text; a line ends in a newline.
-pub fn text(status: StatusCode, text: impl Into<Bytes>) -> Page {
-    page(status, "text/plain; charset=utf-8", text)
+pub fn text(status: StatusCode, text: impl Into<Bytes>) -> Response {
+    respond(status, "text/plain; charset=utf-8", text)
 }
 
 /// JSON as people read it.
-pub fn json(content: &impl Serialize) -> Page {
+pub fn json(content: &impl Serialize) -> Response {
     match serde_json::to_vec_pretty(content) {
         Ok(mut body) => {
             body.push(b'\n');
-            page(StatusCode::OK, "application/json", body)
+            respond(StatusCode::OK, "application/json", body)
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
 }
 
 /// Metrics as Prometheus reads them: text as its OpenMetrics format wants it.
-pub fn metrics(exposition: impl Into<Bytes>) -> Page {
+pub fn metrics(exposition: impl Into<Bytes>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    page(StatusCode::OK, kind, exposition)
+    respond(StatusCode::OK, kind, exposition)
 }
 
-pub fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Page {
-    let mut page = Response::new(Full::new(body.into()));
-    *page.status_mut() = status;
-    let kind = HeaderValue::from_static(content_type);
-    page.headers_mut().insert(CONTENT_TYPE, kind);
-    page
+pub fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let content_type = HeaderValue::from_static(content_type);
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
 }
 
 #[cfg(test)]
@@ -160,10 +193,17 @@ mod tests {
 
     const ASK: &[u8] = b"GET /page?a=b HTTP/1.1\r\nhost: x\r\n\r\n";
 
-    async fn echo(asked: Asked) -> Page {
-        let Asked { method, uri, near } = asked;
-        text(StatusCode::OK, format!("{method} {uri} {near}\n"))
+    async fn echo(request: Request) -> Response {
+        let Request {
+            method,
+            uri,
+            from_this_host,
+        } = request;
+        text(StatusCode::OK, format!("{method} {uri} {from_this_host}\n"))
     }
+
+    /// Far beyond what anything here takes.
+    const PATIENCE: Duration = Duration::from_secs(30);
 
     async fn listener() -> TcpListener {
         TcpListener::bind("127.0.0.1:0").await.unwrap()
@@ -173,7 +213,7 @@ mod tests {
     async fn who_asks_is_answered_once() {
         let listener = listener().await;
         let address = listener.local_addr().unwrap();
-        let serving = tokio::spawn(serve(listener, LIFE, echo));
+        let serving = tokio::spawn(serve(listener, CONNECTION_LIFETIME, echo));
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(ASK).await.unwrap();
         let mut answer = String::new();
@@ -187,7 +227,7 @@ mod tests {
     async fn those_who_hold_connections_do_not_keep_kubelet_waiting() {
         let listener = listener().await;
         let address = listener.local_addr().unwrap();
-        let serving = tokio::spawn(serve(listener, LIFE, echo));
+        let serving = tokio::spawn(serve(listener, CONNECTION_LIFETIME, echo));
         let mut held = Vec::new();
         for _ in 0..2 * CONNECTIONS {
             held.push(TcpStream::connect(address).await.unwrap());
@@ -209,7 +249,7 @@ mod tests {
         let life = Duration::from_millis(50);
         let serving = tokio::spawn(connection(server, false, life, echo));
         let _ = client.write_all(ASK).await;
-        let ended = timeout(Duration::from_secs(30), serving).await;
+        let ended = timeout(PATIENCE, serving).await;
         ended.expect("it holds its place for good").unwrap();
         drop(client);
     }
@@ -227,15 +267,18 @@ mod tests {
                 std::future::pending().await
             }
         };
-        let serving = tokio::spawn(serve(listener, LIFE, answer));
+        let serving = tokio::spawn(serve(listener, CONNECTION_LIFETIME, answer));
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(ASK).await.unwrap();
-        while Arc::strong_count(&held) < 3 {
-            sleep(Duration::from_millis(1)).await;
-        }
+        let asked = async {
+            while Arc::strong_count(&held) < 3 {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(PATIENCE, asked).await.unwrap();
         serving.abort();
         let _ = serving.await;
-        let closed = timeout(Duration::from_secs(30), client.read_u8()).await;
+        let closed = timeout(PATIENCE, client.read_u8()).await;
         closed.expect("nobody serves it any more").unwrap_err();
         assert_eq!(Arc::strong_count(&held), 1);
     }

@@ -38,10 +38,15 @@ impl Tasks {
         let task = self.names.remove(&id).unwrap_or("unnamed");
         Ended { task, why }
     }
+
+    /// Returns when all have ended.
+    pub async fn drained(&mut self) {
+        while self.running.join_next().await.is_some() {}
+    }
 }
 
 /// Why a task did not come to its end.
-pub(crate) fn reason(error: JoinError) -> String {
+pub fn reason(error: JoinError) -> String {
     match error.try_into_panic() {
         Ok(panic) => format!("it panicked: {}", message(&*panic)),
         Err(error) => error.to_string(),
