@@ -178,7 +178,14 @@ impl Model {
                 self.set_traffic(key, Some(TrafficDefaults::read(policy)?), to);
             }
             Object::AuthorizationPolicy(policy) => {
-                self.set_authorization(key, Some(Selected::<Authorization>::read(policy)?), to);
+                self.set_authorization(
+                    key,
+                    Some(Selected::<Authorization>::read(
+                        policy,
+                        &self.settings.trust_domain,
+                    )?),
+                    to,
+                );
             }
             Object::PeerAuthentication(policy) => {
                 self.set_peers(key, Some(Selected::<Mtls>::read(policy)?), to);

@@ -68,7 +68,8 @@ pub struct To {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Source {
-    /// `cluster.local/ns/NAMESPACE/sa/SERVICE-ACCOUNT`.
+    /// `cluster.local/ns/NAMESPACE/sa/SERVICE-ACCOUNT`. As in Istio, `cluster.local` at its beginning
+    /// stands for the mesh's own trust domain, whatever that is called.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub principals: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

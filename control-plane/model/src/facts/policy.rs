@@ -8,13 +8,22 @@ use turnpike_api::{
     kinds::Action,
     valid::{self, Invalid},
 };
-use turnpike_rules::{authz, egress, pod::InboundPort, traffic, workload::MtlsMode};
+use turnpike_rules::{
+    authz::{self, TextPattern},
+    egress,
+    pod::InboundPort,
+    traffic,
+    workload::MtlsMode,
+};
 
 use crate::{
     key::{Birth, Key},
     selector::Selector,
     store::Selected,
 };
+
+/// As in Istio, it stands for the mesh's own trust domain in principals, whatever that is called.
+const LOCAL: &str = "cluster.local";
 
 /// Policies here are about the whole mesh, where their kind allows that.
 pub(crate) const SYSTEM: &str = "turnpike-system";
@@ -74,12 +83,18 @@ impl TrafficDefaults {
 
 impl Selected<Authorization> {
     /// As in Istio, one in the system namespace selects in all namespaces.
-    pub(crate) fn read(object: &AuthorizationPolicy) -> Result<Self, Invalid> {
+    pub(crate) fn read(object: &AuthorizationPolicy, trust_domain: &str) -> Result<Self, Invalid> {
         let valid::Authorization {
             selector: _,
             action,
-            policy,
+            mut policy,
         } = valid::authorization_policy(object)?;
+        for source in policy.rules.iter_mut().flat_map(|rule| &mut rule.from) {
+            let lists = [&mut source.principals, &mut source.not_principals];
+            for pattern in lists.into_iter().flatten() {
+                localise(pattern, trust_domain);
+            }
+        }
         let content = Authorization {
             deny: matches!(action, Action::Deny),
             policy,
@@ -167,6 +182,18 @@ fn selected<P>(
         selector,
         content,
         key,
+    }
+}
+
+fn localise(principal: &mut TextPattern, trust_domain: &str) {
+    let (TextPattern::Exact(text) | TextPattern::Prefix(text)) = principal else {
+        return;
+    };
+    let bare = text.strip_prefix("spiffe://").unwrap_or(text);
+    if let Some(rest) = bare.strip_prefix(LOCAL)
+        && (rest.is_empty() || rest.starts_with('/'))
+    {
+        *text = format!("{trust_domain}{rest}").into();
     }
 }
 

@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 
 use turnpike_api::Kind;
-use turnpike_model::{Model, ResourceType};
-use turnpike_rules::workload::MtlsMode;
+use turnpike_model::{Model, ResourceType, Settings};
+use turnpike_rules::{Identity, authz::Call, workload::MtlsMode};
 
 use super::{
+    WEB,
     common::{key, load, model},
     world,
 };
@@ -89,6 +90,48 @@ fn authorization_selects_by_label_namespace_and_mesh() {
         names(&authorization.deny),
         ["shop/web", "turnpike-system/mesh"]
     );
+}
+
+#[test]
+fn cluster_local_in_principals_is_the_meshs_own_trust_domain() {
+    for trust_domain in ["cluster.local", "prod.example"] {
+        let mut model = Model::new(Settings {
+            cluster: "cluster".into(),
+            trust_domain: trust_domain.into(),
+            network: "default".into(),
+        });
+        load(&mut model, WEB);
+        for (principal, denied) in [
+            ("cluster.local/ns/bank/sa/api", true),
+            ("spiffe://cluster.local/ns/bank/sa/api", true),
+            ("cluster.local/ns/bank/*", true),
+            ("cluster.local*", true),
+            ("*/ns/bank/sa/api", true),
+            ("cluster.local/ns/bank/sa/other", false),
+            ("cluster.localhost/ns/bank/sa/api", false),
+            ("other.example/ns/bank/sa/api", false),
+            (&format!("{trust_domain}/ns/bank/sa/api"), true),
+        ] {
+            for (field, denied) in [("principals", denied), ("notPrincipals", !denied)] {
+                let policy = format!(
+                    "apiVersion: turnpike.dev/v1alpha1\nkind: AuthorizationPolicy\n\
+                     metadata: {{name: web, namespace: shop}}\nspec: {{action: DENY, rules: \
+                     [{{from: [{{source: {{{field}: ['{principal}']}}}}]}}]}}\n"
+                );
+                load(&mut model, &policy);
+                let caller = Identity::new(trust_domain, "bank", "api").unwrap();
+                let call = Call {
+                    identity: Some(&caller),
+                    source: "10.0.0.7".parse().unwrap(),
+                    port: 8080,
+                    http: None,
+                };
+                let authorization = model.self_config("u1").unwrap().authorization;
+                let allowed = authorization.check(&call).allowed;
+                assert_eq!(allowed, !denied, "{trust_domain} {field} {principal}");
+            }
+        }
+    }
 }
 
 #[test]
