@@ -65,6 +65,10 @@ pub enum AttachError {
     NotRecorded(#[from] NotRecorded),
     #[error("the pod's network was not built: {0}")]
     Datapath(#[from] ApplyError),
+    #[error(
+        "an earlier DEL of attachment {0} is not done yet; it would end this ADD's network. Try again later"
+    )]
+    Undeleted(Attachment),
     #[error("attachment {0} is not known: it was never added, or deleted")]
     Unknown(Attachment),
     #[error("differs from what was set up: {}", .0.join("; "))]
@@ -127,7 +131,9 @@ pub async fn add(node: &Arc<Node>, request: &AddRequest) -> Result<AddReply, Att
     let turn = node.flights.begin(&holder.attachment).await;
     // A DEL of an earlier life still to be done: now, not when this one is up.
     let tombstone = node.tombstones.of(&holder.attachment);
-    tombstones::fulfil(&tombstone, detach(node, &holder.attachment)).await;
+    if !tombstones::fulfil(&tombstone, detach(node, &holder.attachment)).await {
+        return Err(AttachError::Undeleted(holder.attachment));
+    }
     if let Some(reply) = repeated(node, &holder).await {
         return Ok(reply);
     }

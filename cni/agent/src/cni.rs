@@ -136,7 +136,8 @@ impl From<AttachError> for Status {
             AttachError::Invalid { .. } => Code::InvalidArgument,
             AttachError::PolicyMissing { .. }
             | AttachError::NoAddress { .. }
-            | AttachError::Busy(_) => Code::Unavailable,
+            | AttachError::Busy(_)
+            | AttachError::Undeleted(_) => Code::Unavailable,
             AttachError::CalledOff => Code::Aborted,
             AttachError::Differs(_) => Code::FailedPrecondition,
             AttachError::NotRecorded(_)

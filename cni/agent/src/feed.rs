@@ -1,7 +1,7 @@
 //! What the gate is told: every pod of the node with its addresses, and what the kernel denied.
 //!
-//! What was refused is told at least once, or counted: what a reader did not take before its stream
-//! ended is kept for the next one.
+//! What was refused and a reader did not take before its stream ended is kept for the next one, or
+//! counted. What was on its way to a gate that was killed is lost: the protocol has no acknowledgement.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},

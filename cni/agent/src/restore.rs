@@ -140,10 +140,11 @@ pub async fn bury(node: &Arc<Node>) -> std::io::Result<()> {
             container_id,
             ifname,
         };
-        tracing::info!(%attachment, "deleted, as a tombstone says");
         // An ADD may have been there before and have done it.
         let _turn = node.flights.end(&attachment).await;
-        tombstones::fulfil(&path, attach::detach(node, &attachment)).await;
+        if tombstones::fulfil(&path, attach::detach(node, &attachment)).await {
+            tracing::info!(%attachment, "deleted, as a tombstone says");
+        }
     }
     Ok(())
 }

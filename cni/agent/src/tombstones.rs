@@ -94,14 +94,19 @@ impl Tombstones {
 }
 
 /// Does the DEL that the tombstone asks for, if it still stands, and takes it away when `del` says that
-/// all of it is done: who is killed in between does it again.
-pub async fn fulfil(tombstone: &Path, del: impl Future<Output = bool>) {
-    if !tombstone.exists() || !del.await {
-        return;
+/// all of it is done: who is killed in between does it again. Whether it is gone then.
+pub async fn fulfil(tombstone: &Path, del: impl Future<Output = bool>) -> bool {
+    if !tombstone.exists() {
+        return true;
     }
-    if let Err(error) = fs::remove_file(tombstone) {
+    if !del.await {
+        return false;
+    }
+    let removed = fs::remove_file(tombstone);
+    if let Err(error) = &removed {
         tracing::error!(path = %tombstone.display(), %error, "a tombstone stays though it is done");
     }
+    removed.is_ok()
 }
 
 fn read_one(path: &Path) -> io::Result<Tombstone> {
@@ -172,10 +177,10 @@ mod tests {
                 stood = tombstone.exists();
                 done
             };
-            fulfil(&tombstone, del).await;
+            assert_eq!(fulfil(&tombstone, del).await, done);
             assert!(stood, "killed meanwhile, nobody would do it again");
             assert_eq!(tombstone.exists(), !done);
         }
-        fulfil(&tombstone, async { panic!("an ADD has done it") }).await;
+        assert!(fulfil(&tombstone, async { panic!("an ADD has done it") }).await);
     }
 }

@@ -84,6 +84,15 @@ fn a_pod_outlives_the_agent_and_the_agent_knows_it_again() {
     for pod in [&a, &a, &b] {
         assert!(rig.del(pod).ok, "DEL twice is fine");
     }
+    // Nor does one that cannot be taken away: the next start would do its DEL.
+    fs::create_dir(&tombstone).unwrap();
+    let said = rig.add(&b);
+    assert!(
+        !said.ok && said.json["msg"].to_string().contains("earlier DEL"),
+        "{}",
+        said.json
+    );
+    fs::remove_dir(&tombstone).unwrap();
     assert!(rig.leases().is_empty());
     assert_eq!(
         residue(&empty, &rig.kernel()),
