@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 
 use turnpike_api::{Kind, ObjectKey};
+use turnpike_rules::service::Protocol;
 
 use crate::{
     Model,
     facts::{
+        pod::Pod,
         policy::TrafficDefaults,
         route::{Parent, Route},
+        service::{Port, Service},
     },
     key::{Birth, Key},
     store::{Policies, Selected},
@@ -50,11 +53,16 @@ impl std::fmt::Display for ConditionKind {
 
 impl Condition {
     fn accepted() -> Self {
+        Self::accepted_but(String::new())
+    }
+
+    /// In force, if not everywhere.
+    fn accepted_but(message: String) -> Self {
         Self {
             kind: ConditionKind::Accepted,
             holds: true,
             reason: "Accepted",
-            message: String::new(),
+            message,
         }
     }
 
@@ -127,8 +135,9 @@ impl Model {
                 ),
             );
         };
-        if service.ports.iter().any(|port| parent.covers(port)) {
-            return Condition::accepted();
+        let covered = || service.ports.iter().filter(|port| parent.covers(port));
+        if covered().next().is_some() {
+            return unasked(service, covered()).unwrap_or_else(Condition::accepted);
         }
         let asked = match (parent.port, &parent.section) {
             (Some(port), _) => port.to_string(),
@@ -176,13 +185,12 @@ impl Model {
         }
     }
 
+    /// Refused only where none of its targets is left to it.
     fn traffic_status(&self, policy: &TrafficDefaults) -> ObjectStatus {
-        let problem = policy.targets.iter().find_map(|target| {
+        let problems = policy.targets.iter().filter_map(|target| {
             if self.services.get(target).is_none() {
-                return Some((
-                    "TargetNotFound",
-                    format!("there is no Service `{target}`; the policy waits for it"),
-                ));
+                let text = format!("there is no Service `{target}`; the policy waits for it");
+                return Some(("TargetNotFound", text));
             }
             let holding = self.traffic.holding(target)?;
             (holding.key != policy.key).then(|| {
@@ -195,9 +203,16 @@ impl Model {
                 ("Conflicted", text)
             })
         });
-        let condition = match problem {
+        let (reasons, texts): (Vec<_>, Vec<_>) = problems.unzip();
+        let text = texts.join("; ");
+        let condition = match reasons.first() {
             None => Condition::accepted(),
-            Some((reason, message)) => Condition::refused(reason, message),
+            Some(reason) if reasons.len() == policy.targets.len() => {
+                Condition::refused(reason, text)
+            }
+            Some(_) => {
+                Condition::accepted_but(format!("it holds for its other targets; but {text}"))
+            }
         };
         ObjectStatus {
             object: policy.key.object(Kind::TrafficPolicy),
@@ -217,10 +232,14 @@ impl Model {
         for mut group in rivals.into_values() {
             group.sort_by_key(|policy| policy.rank());
             for (place, policy) in group.iter().enumerate() {
-                let mut earlier = group[..place].iter();
-                let condition = match earlier.find(|other| self.share_pods(other, policy)) {
+                let earlier = &group[..place];
+                let holding = earlier.iter().find(|other| self.share_pods(other, policy));
+                let condition = match holding {
                     None => Condition::accepted(),
-                    Some(holding) => overruled(kind, holding, policy),
+                    Some(holding) => {
+                        let left = self.has_other_pods(policy, earlier);
+                        overruled(kind, holding, policy, left)
+                    }
                 };
                 found.push(ObjectStatus {
                     object: policy.key.object(kind),
@@ -239,16 +258,52 @@ impl Model {
             pods.iter().any(|pod| other.selector.matches(&pod.labels))
         }
     }
+
+    /// Whether some pod has it and none of the others.
+    fn has_other_pods<P>(&self, policy: &Selected<P>, others: &[&Selected<P>]) -> bool {
+        let pods = self.pods.select(policy.scope.as_deref(), &policy.selector);
+        let has = |pod: &Pod| others.iter().any(|o| o.selector.matches(&pod.labels));
+        pods.iter().any(|pod| !has(pod))
+    }
 }
 
-fn overruled<P>(kind: Kind, holding: &Selected<P>, policy: &Selected<P>) -> Condition {
-    let message = format!(
-        "{kind} `{}` {} and holds for the workloads that both select; put both into one, or select \
-         others",
-        holding.key,
-        why_first(holding.birth, policy.birth)
+/// Why no request to these ports of a Service is routed: none is known to be for it, or none is read.
+fn unasked<'a>(service: &Service, mut ports: impl Iterator<Item = &'a Port>) -> Option<Condition> {
+    let key = &service.key;
+    if service.vips.is_empty() {
+        return Some(Condition::refused(
+            "UnsupportedParent",
+            format!(
+                "Service `{key}` is headless: its callers choose a pod themselves, and no route is \
+                 asked; give it a cluster IP, or attach the route to a Service that has one"
+            ),
+        ));
+    }
+    let opaque = ports.all(|port| matches!(port.protocol, Protocol::Tcp | Protocol::Tls));
+    opaque.then(|| {
+        Condition::refused(
+            "UnsupportedProtocol",
+            format!(
+                "what the ports of Service `{key}` carry is not read, by their `appProtocol`, name \
+                 or number; if it is plaintext HTTP, set `appProtocol: http` on them"
+            ),
+        )
+    })
+}
+
+/// `left`: it holds for other pods all the same.
+fn overruled<P>(kind: Kind, holding: &Selected<P>, policy: &Selected<P>, left: bool) -> Condition {
+    let first = why_first(holding.birth, policy.birth);
+    let what = format!(
+        "{kind} `{}` {first} and holds for the workloads that both select",
+        holding.key
     );
-    Condition::refused("Conflicted", message)
+    let remedy = "put both into one, or select others";
+    if left {
+        Condition::accepted_but(format!("{what}, this one for its others; {remedy}"))
+    } else {
+        Condition::refused("Conflicted", format!("{what}; {remedy}"))
+    }
 }
 
 /// Objects from files have no time of birth.

@@ -1,7 +1,7 @@
 //! Routes, and what the statuses of objects say.
 
 use turnpike_api::Kind;
-use turnpike_model::{Condition, Model, ResourceType};
+use turnpike_model::{Condition, ConditionKind, Model, ResourceType};
 
 use super::{
     common::{key, load},
@@ -200,4 +200,130 @@ fn what_is_invalid_keeps_what_was_in_force() {
     assert_eq!(problems(&model, "EgressPolicy shop/web")[0].0, "Invalid");
     load(&mut model, &policy(443));
     assert!(problems(&model, "EgressPolicy shop/web").is_empty());
+}
+
+/// `Accepted`, of the one place where it is said.
+fn accepted(model: &Model, object: &str) -> Condition {
+    let statuses = model.statuses().into_iter();
+    let mut said = statuses
+        .filter(|status| status.object.to_string() == object)
+        .flat_map(|status| status.conditions)
+        .filter(|condition| condition.kind == ConditionKind::Accepted);
+    let condition = said.next().unwrap();
+    assert_eq!(said.next(), None, "{object} is told once");
+    condition
+}
+
+fn service(name: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+         spec: {{{spec}}}\n---\n"
+    )
+}
+
+#[test]
+fn what_is_overruled_for_some_and_in_force_for_others_is_accepted_and_says_so() {
+    let traffic = |name: &str, targets: &[&str]| {
+        let targets = targets
+            .iter()
+            .map(|name| format!("{{kind: Service, name: {name}}}"));
+        format!(
+            "apiVersion: turnpike.dev/v1alpha1\nkind: TrafficPolicy\n\
+             metadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{targetRefs: [{}], retry: {{attempts: 1}}}}\n---\n",
+            targets.collect::<Vec<_>>().join(", ")
+        )
+    };
+    let api = service("api", "clusterIP: 10.96.0.2, ports: [{port: 80}]");
+    let policies = [
+        api,
+        traffic("a", &["web"]),
+        traffic("b", &["web", "api", "nowhere"]),
+        traffic("c", &["web", "api"]),
+    ];
+    let model = world(&policies.concat());
+    let partly = accepted(&model, "TrafficPolicy shop/b");
+    assert_eq!((partly.holds, partly.reason), (true, "Accepted"));
+    for part in ["`shop/a` comes first", "`shop/web`", "`shop/nowhere`"] {
+        assert!(partly.message.contains(part), "{partly:?}");
+    }
+    let nowhere = accepted(&model, "TrafficPolicy shop/c");
+    assert_eq!((nowhere.holds, nowhere.reason), (false, "Conflicted"));
+    assert!(nowhere.message.contains("`shop/b`"), "{nowhere:?}");
+}
+
+#[test]
+fn a_policy_that_others_overrule_on_some_pods_is_accepted_while_any_is_left() {
+    let peer = |name: &str, labels: &str| {
+        format!(
+            "apiVersion: turnpike.dev/v1alpha1\nkind: PeerAuthentication\n\
+             metadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {{{labels}}}, mtls: \
+             {{mode: STRICT}}}}\n---\n"
+        )
+    };
+    let pod = |name: &str, address: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: {name}, \
+             labels: {{app: {name}}}}}\nspec: {{nodeName: node-a, containers: [{{name: app}}]}}\n\
+             status: {{podIP: {address}}}\n---\n"
+        )
+    };
+    let any = "matchExpressions: [{key: app, operator: Exists}]";
+    let policies = [
+        pod("cart", "10.0.0.11"),
+        peer("a", "matchLabels: {app: web}"),
+        peer("b", any),
+    ];
+    let mut model = world(&policies.concat());
+    let partly = accepted(&model, "PeerAuthentication shop/b");
+    assert!(partly.holds, "cart is left: {partly:?}");
+    assert!(
+        partly.message.contains("`shop/a` comes first"),
+        "{partly:?}"
+    );
+    // Each of two others has a part, and together they have all.
+    load(&mut model, &peer("aa", "matchLabels: {app: cart}"));
+    let none = accepted(&model, "PeerAuthentication shop/b");
+    assert_eq!((none.holds, none.reason), (false, "Conflicted"));
+    load(&mut model, &pod("stock", "10.0.0.12"));
+    assert!(accepted(&model, "PeerAuthentication shop/b").holds);
+}
+
+#[test]
+fn a_route_that_no_request_can_come_to_is_not_accepted() {
+    let services = [
+        service(
+            "headless",
+            "clusterIP: None, ports: [{port: 80, name: http}]",
+        ),
+        service("db", "clusterIP: 10.96.0.3, ports: [{port: 5432}]"),
+        service(
+            "mixed",
+            "clusterIP: 10.96.0.4, ports: [{port: 5432}, {port: 80}]",
+        ),
+        service(
+            "said",
+            "clusterIP: 10.96.0.5, ports: [{port: 5432, appProtocol: http}]",
+        ),
+    ];
+    let mut model = world(&services.concat());
+    for (parent, reason, part) in [
+        ("name: headless", "UnsupportedParent", "headless"),
+        ("name: db", "UnsupportedProtocol", "`appProtocol: http`"),
+        ("name: web, port: 5432", "UnsupportedProtocol", "`shop/web`"),
+        ("name: web, port: 80", "Accepted", ""),
+        ("name: mixed", "Accepted", ""),
+        ("name: said", "Accepted", ""),
+    ] {
+        let route = format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n\
+             metadata: {{name: r, namespace: shop}}\nspec:\n  parentRefs: [{{group: '', kind: \
+             Service, {parent}}}]\n  rules: [{{backendRefs: [{{name: web, port: 80}}]}}]\n"
+        );
+        load(&mut model, &route);
+        let found = accepted(&model, "HTTPRoute shop/r");
+        assert_eq!(found.reason, reason, "{parent}: {found:?}");
+        assert_eq!(found.holds, reason == "Accepted", "{parent}");
+        assert!(found.message.contains(part), "{parent}: {found:?}");
+    }
 }
