@@ -17,6 +17,10 @@ use crate::{
     store::{Policies, Selected},
 };
 
+/// A route that is shared with a Gateway is in force for both.
+const HOSTS_IGNORED: &str = "`hostnames` are a Gateway's: for calls inside the mesh they are ignored, and \
+                             the route holds for every call to the Service";
+
 /// An object's status, or that of its attachment to one parent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectStatus {
@@ -120,12 +124,12 @@ impl Model {
         let statuses = route.parents.iter().map(|parent| ObjectStatus {
             object: route.key.object(Kind::HttpRoute),
             parent: Some(parent.service.to_string()),
-            conditions: vec![self.attachment(parent), self.backends(route)],
+            conditions: vec![self.attachment(route, parent), self.backends(route)],
         });
         statuses.collect()
     }
 
-    fn attachment(&self, parent: &Parent) -> Condition {
+    fn attachment(&self, route: &Route, parent: &Parent) -> Condition {
         let Some(service) = self.services.get(&parent.service) else {
             return Condition::refused(
                 "NoMatchingParent",
@@ -137,7 +141,11 @@ impl Model {
         };
         let covered = || service.ports.iter().filter(|port| parent.covers(port));
         if covered().next().is_some() {
-            return unasked(service, covered()).unwrap_or_else(Condition::accepted);
+            let in_force = || match route.names_hosts {
+                true => Condition::accepted_but(HOSTS_IGNORED.to_owned()),
+                false => Condition::accepted(),
+            };
+            return unasked(service, covered()).unwrap_or_else(in_force);
         }
         let asked = match (parent.port, &parent.section) {
             (Some(port), _) => port.to_string(),

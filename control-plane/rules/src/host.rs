@@ -121,15 +121,6 @@ impl HostPattern {
             Self::Wildcard(suffix) => name.is_below(suffix),
         }
     }
-
-    /// For Gateway API's precedence: an exact name before a wildcard, the longer before the
-    /// shorter. Greater is more specific.
-    pub(crate) fn specificity(&self) -> (bool, usize) {
-        match self {
-            Self::Exact(name) => (true, name.0.len()),
-            Self::Wildcard(suffix) => (false, suffix.0.len()),
-        }
-    }
 }
 
 impl fmt::Display for HostPattern {

@@ -17,6 +17,8 @@ pub(crate) struct Route {
     pub(crate) birth: Birth,
     pub(crate) parents: Vec<Parent>,
     pub(crate) routes: Vec<Arc<turnpike_rules::route::Route>>,
+    /// It has `hostnames`, which mean nothing here.
+    pub(crate) names_hosts: bool,
 }
 
 /// A Service that a route is attached to.
@@ -31,7 +33,11 @@ pub(crate) struct Parent {
 
 impl Route {
     pub(crate) fn read(object: &HttpRoute, cluster: &str) -> Result<Self, Invalid> {
-        let valid::Routes { parents, routes } = valid::http_route(object, cluster)?;
+        let valid::Routes {
+            parents,
+            routes,
+            names_hosts,
+        } = valid::http_route(object, cluster)?;
         // Whose routes hold for whom follows from the two namespaces.
         let parents = parents.into_iter().map(|parent| Parent {
             service: Key {
@@ -46,6 +52,7 @@ impl Route {
             birth: Birth::of(&object.metadata),
             parents: parents.collect(),
             routes,
+            names_hosts,
         })
     }
 

@@ -327,3 +327,25 @@ fn a_route_that_no_request_can_come_to_is_not_accepted() {
         assert!(found.message.contains(part), "{parent}: {found:?}");
     }
 }
+
+#[test]
+fn a_routes_hostnames_are_ignored_and_it_is_said() {
+    let route = |hostnames: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n\
+             metadata: {{name: r, namespace: shop}}\nspec:\n  {hostnames}\n  parentRefs: [{{group: \
+             '', kind: Service, name: web}}, {{name: gateway}}]\n  rules: [{{backendRefs: [{{name: \
+             web, port: 80}}]}}]\n"
+        )
+    };
+    let model = world(&route("hostnames: [shop.example]"));
+    let said = accepted(&model, "HTTPRoute shop/r");
+    assert!(
+        said.holds && said.message.contains("`hostnames`"),
+        "{said:?}"
+    );
+    let shared = web(&model).ports[0].routes.clone();
+    let model = world(&route(""));
+    assert_eq!(accepted(&model, "HTTPRoute shop/r").message, "");
+    assert_eq!(shared, web(&model).ports[0].routes);
+}

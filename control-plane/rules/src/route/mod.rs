@@ -1,10 +1,11 @@
 //! HTTP routes: Gateway API's HTTPRoute for mesh, compiled.
 //!
-//! Matching follows the specification's precedence: the most specific host, then the longest
-//! exact or prefix path, then a method match, then the most headers, then the most query
-//! parameters, then the older route. [`RouteTable::new`] sorts once, [`RouteTable::find`] takes
-//! the first that matches.
-//! Source: <https://gateway-api.sigs.k8s.io/reference/spec/#httprouterule>.
+//! Matching follows the specification's precedence: the longest exact or prefix path, then a
+//! method match, then the most headers, then the most query parameters, then the older route. Hosts
+//! say nothing: a call inside the mesh is for the Service that it was addressed to, whatever name it
+//! bears. [`RouteTable::new`] sorts once, [`RouteTable::find`] takes the first that matches.
+//! Source: <https://gateway-api.sigs.k8s.io/reference/spec/#httprouterule>,
+//! <https://gateway-api.sigs.k8s.io/geps/gep-1294/>.
 
 mod apply;
 
@@ -13,7 +14,6 @@ use std::{cmp::Reverse, sync::Arc, time::Duration};
 use http::HeaderMap;
 
 use crate::{
-    host::{HostName, HostPattern},
     service::ServiceKey,
     traffic::{Backoff, RetryConditions},
 };
@@ -30,8 +30,6 @@ pub struct RouteTable {
 #[derive(Clone, Copy, Debug)]
 pub struct RequestView<'a> {
     pub method: &'a str,
-    /// `None` where the authority is an address.
-    pub host: Option<&'a HostName>,
     /// In the normal form of [`crate::path`].
     pub path: &'a str,
     pub headers: &'a HeaderMap,
@@ -44,37 +42,23 @@ impl RouteTable {
     pub fn new(mut routes: Vec<Arc<Route>>) -> Self {
         routes.sort_by_cached_key(|route| {
             let m = &route.matches;
-            let host = route.hosts.iter().map(HostPattern::specificity).max();
             let path = match &m.path {
                 PathMatch::Exact(path) => (true, path.len()),
                 PathMatch::Prefix(path) => (false, path.len()),
             };
-            Reverse((
-                host,
-                path,
-                m.method.is_some(),
-                m.headers.len(),
-                m.query.len(),
-            ))
+            Reverse((path, m.method.is_some(), m.headers.len(), m.query.len()))
         });
         Self { routes }
     }
 
     /// The most specific route that matches.
     pub fn find(&self, request: &RequestView<'_>) -> Option<&Arc<Route>> {
-        self.routes.iter().find(|route| route.matches(request))
+        let matches = |route: &&Arc<Route>| route.matches.matches(request);
+        self.routes.iter().find(matches)
     }
 }
 
 impl Route {
-    pub fn matches(&self, request: &RequestView<'_>) -> bool {
-        let host = self.hosts.is_empty()
-            || request
-                .host
-                .is_some_and(|name| self.hosts.iter().any(|p| p.matches(name)));
-        host && self.matches.matches(request)
-    }
-
     /// The backend for a random number, evenly spread over all of `u32`, in proportion to the
     /// weights. `None`: there is none with a weight, answer 500.
     pub fn pick(&self, random: u32) -> Option<&Backend> {
@@ -94,8 +78,6 @@ impl Route {
 pub struct Route {
     /// `HTTPRoute namespace/name rule 0`, for logs, metrics and `explain`.
     pub name: Arc<str>,
-    /// Empty: any host.
-    pub hosts: Vec<HostPattern>,
     pub matches: RouteMatch,
     pub filters: Vec<Filter>,
     /// Empty or all of weight 0: answered 500, as Gateway API asks.
@@ -276,7 +258,6 @@ mod tests {
     fn route(name: &str, path: PathMatch) -> Route {
         Route {
             name: name.into(),
-            hosts: Vec::new(),
             matches: RouteMatch {
                 path,
                 ..RouteMatch::default()
@@ -308,7 +289,6 @@ mod tests {
             .map_or((path, None), |(p, q)| (p, Some(q)));
         let view = RequestView {
             method,
-            host: None,
             path,
             headers: &map,
             query,
@@ -379,27 +359,6 @@ mod tests {
             Arc::new(route("younger", PathMatch::prefix("/a/"))),
         ]);
         assert_eq!(found(&table, "GET", "/a", &[]), "older");
-    }
-
-    #[test]
-    fn an_exact_host_goes_before_a_wildcard() {
-        let mut wild = route("wild", PathMatch::Exact("/a".into()));
-        wild.hosts = vec![HostPattern::parse("*.example.com").unwrap()];
-        let mut exact = route("exact", PathMatch::default());
-        exact.hosts = vec![HostPattern::parse("a.example.com").unwrap()];
-        let table = RouteTable::new(vec![Arc::new(wild), Arc::new(exact)]);
-        let headers = HeaderMap::new();
-        let host = HostName::parse("a.example.com").unwrap();
-        let mut view = RequestView {
-            method: "GET",
-            host: Some(&host),
-            path: "/a",
-            headers: &headers,
-            query: None,
-        };
-        assert_eq!(&*table.find(&view).unwrap().name, "exact");
-        view.host = None;
-        assert!(table.find(&view).is_none());
     }
 
     #[test]

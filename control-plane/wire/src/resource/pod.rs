@@ -2,6 +2,7 @@
 
 use turnpike_rules::{
     egress::{EgressPolicy, EgressPort, EgressProtocol, EgressRule, HttpRules, Mode},
+    host::HostPattern,
     pod::{Capture, InboundPort, Members, PodEgress, PodNetwork, Transport},
 };
 
@@ -10,7 +11,7 @@ use super::{
         FieldError, Read, each, identity, ip, ip_bytes, messages, method, optional, port,
         port_numbers, ports, prefix, prefix_messages, required, strings, text, within,
     },
-    route::{host_pattern, path_match},
+    route::path_match,
     understood,
 };
 use crate::mesh as pb;
@@ -133,6 +134,10 @@ fn rule(message: pb::EgressRule) -> Read<EgressRule> {
         http: optional("http", http, http_rules)?,
         originate_tls,
     })
+}
+
+fn host_pattern(pattern: String) -> Read<HostPattern> {
+    HostPattern::parse(&pattern).map_err(|e| FieldError::new("", format!("`{pattern}`: {e}")))
 }
 
 fn egress_port(message: pb::EgressPort) -> Read<EgressPort> {

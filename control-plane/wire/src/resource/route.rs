@@ -2,12 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use turnpike_rules::{
-    host::HostPattern,
-    route::{
-        Backend, Filter, HeaderEdit, PathEdit, PathMatch, Redirect, Rewrite, Route, RouteMatch,
-        RouteRetry, RouteTimeouts, ValueMatch,
-    },
+use turnpike_rules::route::{
+    Backend, Filter, HeaderEdit, PathEdit, PathMatch, Redirect, Rewrite, Route, RouteMatch,
+    RouteRetry, RouteTimeouts, ValueMatch,
 };
 
 use super::{
@@ -22,7 +19,6 @@ use crate::mesh as pb;
 pub(super) fn route(message: pb::Route) -> Read<Route> {
     let pb::Route {
         name,
-        hosts,
         path,
         method: verb,
         headers,
@@ -35,7 +31,6 @@ pub(super) fn route(message: pb::Route) -> Read<Route> {
     } = message;
     Ok(Route {
         name: text("name", name)?,
-        hosts: each("hosts", hosts, host_pattern)?,
         matches: RouteMatch {
             path: optional("path", path, path_match)?.unwrap_or_default(),
             method: optional("method", (!verb.is_empty()).then_some(verb), |verb| {
@@ -52,10 +47,6 @@ pub(super) fn route(message: pb::Route) -> Read<Route> {
         },
         retry: optional("retry", retry, self::retry)?,
     })
-}
-
-pub(super) fn host_pattern(pattern: String) -> Read<HostPattern> {
-    HostPattern::parse(&pattern).map_err(|e| FieldError::new("", format!("`{pattern}`: {e}")))
 }
 
 pub(super) fn path_match(message: pb::PathMatch) -> Read<PathMatch> {
@@ -213,7 +204,6 @@ impl From<&Arc<Route>> for pb::Route {
     fn from(route: &Arc<Route>) -> Self {
         let Route {
             name,
-            hosts,
             matches,
             filters,
             backends,
@@ -228,7 +218,6 @@ impl From<&Arc<Route>> for pb::Route {
         } = matches;
         Self {
             name: name.to_string(),
-            hosts: hosts.iter().map(ToString::to_string).collect(),
             path: Some(path.into()),
             method: method.as_deref().unwrap_or_default().to_owned(),
             headers: headers.iter().map(|m| pair(&m.name, &m.value)).collect(),

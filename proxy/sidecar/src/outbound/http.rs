@@ -261,10 +261,8 @@ impl Outbound {
             return Ok(None);
         }
         let path = headers::normal_path(&parts.uri)?;
-        let host = checked.host.as_ref();
         let view = RequestView {
             method: parts.method.as_str(),
-            host: host.and_then(|host| host.name()),
             path: &path,
             headers: &parts.headers,
             query: parts.uri.query(),
@@ -276,7 +274,7 @@ impl Outbound {
                 port: port.port,
             });
         };
-        let host = host.map(ToString::to_string);
+        let host = checked.host.as_ref().map(ToString::to_string);
         let host = host.unwrap_or_else(|| self.original.ip().to_string());
         if let Some(response) = filters::redirected(&route, &parts.uri, &path, &host, port.port) {
             return Ok(Some(Routed::Redirected(response)));

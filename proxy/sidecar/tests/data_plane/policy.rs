@@ -35,7 +35,6 @@ async fn echo(request: Request<hyper::body::Incoming>) -> Response<Body> {
 fn route(name: &str, prefix: &str, backends: &[(&str, u32)]) -> Route {
     Route {
         name: name.into(),
-        hosts: Vec::new(),
         matches: RouteMatch {
             path: PathMatch::prefix(prefix),
             ..RouteMatch::default()

@@ -27,6 +27,9 @@ pub struct Routes {
     /// Empty: it is for gateways only, and none of ours.
     pub parents: Vec<Parent>,
     pub routes: Vec<Arc<Route>>,
+    /// Whether it has `hostnames`. They are for gateways: as Gateway API asks, nothing follows from
+    /// them for calls inside the mesh, which are for the Service that they are addressed to.
+    pub names_hosts: bool,
 }
 
 /// A Service to which a route is attached.
@@ -57,21 +60,14 @@ pub fn http_route(object: &HttpRoute, cluster: &str) -> Result<Routes, Invalid> 
         return problems.finish(Routes {
             parents,
             routes: Vec::new(),
+            names_hosts: false,
         });
     }
-    let hosts: Vec<HostPattern> = spec
-        .hostnames
-        .iter()
-        .flatten()
-        .enumerate()
-        .filter_map(|(i, text)| {
-            problems.take(
-                format!("spec.hostnames[{i}]"),
-                text,
-                HostPattern::parse(text),
-            )
-        })
-        .collect();
+    let hostnames = spec.hostnames.as_deref().unwrap_or_default();
+    for (i, text) in hostnames.iter().enumerate() {
+        let field = format!("spec.hostnames[{i}]");
+        problems.take(field, text, HostPattern::parse(text));
+    }
     let context = Context {
         cluster,
         namespace,
@@ -84,13 +80,16 @@ pub fn http_route(object: &HttpRoute, cluster: &str) -> Result<Routes, Invalid> 
         for matches in matches::all(&mut problems, &field, typed) {
             routes.push(Arc::new(Route {
                 name: format!("HTTPRoute {} rule {i}", qualified(&object.metadata)).into(),
-                hosts: hosts.clone(),
                 matches,
                 ..shared.clone()
             }));
         }
     }
-    problems.finish(Routes { parents, routes })
+    problems.finish(Routes {
+        parents,
+        routes,
+        names_hosts: !hostnames.is_empty(),
+    })
 }
 
 /// What the parts of a route need to know of it.
@@ -135,7 +134,7 @@ fn parents(problems: &mut Problems, typed: &[HttpRouteParentRefs], namespace: &s
     parents
 }
 
-/// All of a rule but its matches and hosts.
+/// All of a rule but its matches.
 fn rule(
     problems: &mut Problems,
     context: &Context<'_>,
@@ -183,7 +182,6 @@ fn rule(
     }
     Route {
         name: "".into(),
-        hosts: Vec::new(),
         matches: turnpike_rules::route::RouteMatch::default(),
         filters,
         backends,

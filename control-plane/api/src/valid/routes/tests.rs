@@ -50,7 +50,9 @@ spec:
 
 #[test]
 fn a_rule_becomes_a_route_for_each_match() {
-    let Routes { parents, routes } = compile(SPLIT).unwrap();
+    let Routes {
+        parents, routes, ..
+    } = compile(SPLIT).unwrap();
     assert_eq!(parents.len(), 1, "the gateway is none of ours");
     assert_eq!(parents[0].port, Some(80));
     assert_eq!(parents[0].consumer, None);
@@ -89,6 +91,19 @@ spec:
     .unwrap();
     assert_eq!(&*parents[0].namespace, "shop");
     assert_eq!(parents[0].consumer.as_deref(), Some("caller"));
+}
+
+#[test]
+fn hostnames_are_checked_and_decide_nothing() {
+    let with = |hostnames: &str| {
+        compile(&SPLIT.replace("  rules:", &format!("  hostnames: [{hostnames}]\n  rules:")))
+    };
+    let shared = with("shop.example, '*.shop.example'").unwrap();
+    let plain = compile(SPLIT).unwrap();
+    assert_eq!(shared.routes, plain.routes);
+    assert!(shared.names_hosts && !plain.names_hosts);
+    let refused = with("shop.example, 'a b'").unwrap_err();
+    assert_eq!(refused.problems()[0].field, "spec.hostnames[1]");
 }
 
 #[test]

@@ -150,24 +150,17 @@ pub(super) fn route() -> impl Strategy<Value = Arc<Route>> {
         },
     );
     (
-        (
-            text(),
-            vec(host(), 0..2),
-            matches,
-            vec(filter(), 0..3),
-            vec(backend(), 0..3),
-        ),
+        (text(), matches, vec(filter(), 0..3), vec(backend(), 0..3)),
         (option::of(ms()), option::of(ms()), option::of(retry)),
     )
         .prop_map(
-            |((name, hosts, matches, filters, backends), (request, backend_request, retry))| {
+            |((name, matches, filters, backends), (request, backend_request, retry))| {
                 let timeouts = RouteTimeouts {
                     request,
                     backend_request,
                 };
                 Arc::new(Route {
                     name,
-                    hosts,
                     matches,
                     filters,
                     backends,
