@@ -171,13 +171,14 @@ impl Controller {
             "the controller is up"
         );
         let store = own.store();
+        let mut tasks = Tasks::default();
         let pages = Pages {
             metrics: metrics.clone(),
             discovery: discovery.clone(),
             health: health.clone(),
         };
-        let mut tasks = Tasks::default();
-        let webhook = cluster.and_then(|cluster| {
+        tasks.spawn("pages", pages::serve(http, pages));
+        let webhook_ended = cluster.and_then(|cluster| {
             let certificate = store.clone();
             cluster.spawn(
                 &mut tasks,
@@ -188,7 +189,6 @@ impl Controller {
                 &stop,
             )
         });
-        tasks.spawn("pages", pages::serve(http, pages));
         let feed = feed::run(source, discovery.clone(), health.clone(), metrics);
         tasks.spawn("the source", feed);
         tasks.spawn("the controller's own certificate", async move {
@@ -202,17 +202,18 @@ impl Controller {
             () = stop.cancelled() => return Ok(()),
             ended = tasks.ended() => return Err(ended.into()),
         }
-        let config = server_config_with(store, &[ALPN_GRPC], ClientAuth::None);
         // Not `stop` itself: by that a server without calls ends at once, as if by itself.
         let drain = CancellationToken::new();
-        let served = Server::builder()
+        let router = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(STREAMS_PER_CONNECTION)
             .layer(authenticate)
             .add_service(discovery.service())
-            .add_service(issuer.into_server())
-            .serve_with_incoming_shutdown(accept_tls(grpc, config), drain.cancelled());
+            .add_service(issuer.into_server());
+        let config = server_config_with(store, &[ALPN_GRPC], ClientAuth::None);
+        let served =
+            router.serve_with_incoming_shutdown(accept_tls(grpc, config), drain.cancelled());
         let mut served = std::pin::pin!(served);
         tokio::select! {
             // First: what ends because of it has not ended by itself.
@@ -229,8 +230,8 @@ impl Controller {
             Ok(ended) => ended.context("gRPC did not end well")?,
             Err(_) => tracing::warn!("calls were still in flight after {DRAIN:?}"),
         }
-        if let Some(ended) = webhook {
-            ended.cancelled().await;
+        if let Some(webhook_ended) = webhook_ended {
+            webhook_ended.cancelled().await;
         }
         Ok(())
     }

@@ -56,7 +56,7 @@ pub struct GateConfig {
     pub door: DoorConfig,
     /// For the node's pods and their policies to become known at the start. Until then connections
     /// and questions wait in the kernel's queues; after it, who is not known is refused.
-    pub patience: Duration,
+    pub start_timeout: Duration,
     /// Connections may go on for this long after SIGTERM.
     pub drain: Duration,
 }
@@ -100,8 +100,9 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Opens the spool and serves on `sockets`, as soon as [`Gate::owner`] has been told all that
-    /// the verdicts need, by [`Gate::follow`] or by the caller, or after [`GateConfig::patience`].
+    /// Opens the spool and serves on `sockets`, as soon as [`Gate::owner`] has been told the node's
+    /// pods and their policies, by [`Gate::follow`] or by the caller, or after
+    /// [`GateConfig::start_timeout`].
     pub async fn start(
         config: GateConfig,
         limits: PodLimits,
@@ -152,7 +153,11 @@ impl Gate {
             tasks: self.connections.clone(),
         });
         // A verdict on a pod that is merely not known yet would be a false one, on record.
-        let known = self.state.clone().complete(self.config.patience).shared();
+        let known = self
+            .state
+            .clone()
+            .completed(self.config.start_timeout)
+            .shared();
         for listener in door {
             let listener = TcpListener::from_std(listener)?;
             let serving = accept::serve(listener, shared.clone(), self.stops.clone());
@@ -375,7 +380,7 @@ mod tests {
                 search_domains: vec![],
             },
             door: DoorConfig::default(),
-            patience: Duration::from_secs(3600),
+            start_timeout: Duration::from_secs(3600),
             drain: Duration::from_secs(1),
         };
         let gate = Gate::start(config, PodLimits::default(), credentials, sockets);

@@ -29,6 +29,10 @@ use crate::{
     state::{Change, Owner, PodInfo, Standing, State},
 };
 
+/// The longest pause before the next attempt. The agent is on this host and may add a pod as soon as
+/// it is back: what the pod asks before the gate has heard of it is refused.
+const RETRY_MAX: Duration = Duration::from_millis(300);
+
 #[derive(Debug, thiserror::Error)]
 enum FeedError {
     #[error("cannot connect: {0}")]
@@ -39,13 +43,9 @@ enum FeedError {
     Ended,
 }
 
-/// The longest pause before the next attempt. The agent is on this host and may add a pod as soon as
-/// it is back: what the pod asks before the gate has heard of it is refused.
-const RETRY_WITHIN: Duration = Duration::from_millis(300);
-
 /// Follows the feed for as long as it is polled. While the agent is away, what is known stays.
 pub async fn follow(socket: PathBuf, owner: Arc<Owner>, state: State, spool: Spool) {
-    let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_WITHIN);
+    let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_MAX);
     let mut told = String::new();
     loop {
         let mut received = false;
@@ -248,7 +248,7 @@ mod tests {
         tokio::spawn(follow(socket.clone(), owner, state, spool));
         sleep(Duration::from_secs(600)).await;
         let agent = UnixListener::bind(&socket).unwrap();
-        let asked = timeout(RETRY_WITHIN + Duration::from_millis(50), agent.accept()).await;
+        let asked = timeout(RETRY_MAX + Duration::from_millis(50), agent.accept()).await;
         asked.expect("it pauses for longer").unwrap();
     }
 

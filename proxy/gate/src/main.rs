@@ -160,7 +160,7 @@ async fn run(args: Args, sockets: Sockets) -> anyhow::Result<()> {
             search_domains: args.search_domains,
         },
         door: DoorConfig::default(),
-        patience: Duration::from_secs(args.start_seconds),
+        start_timeout: Duration::from_secs(args.start_seconds),
         drain: Duration::from_secs(args.drain_seconds),
     };
     let sources = Sources {

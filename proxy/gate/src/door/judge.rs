@@ -57,8 +57,6 @@ impl Claim {
 
 /// Judges by what is known now. Allowed is whatever is not [`Verdict::Denied`].
 pub(super) fn judge(view: &View, caller: &Caller, claim: &Claim) -> Attempt {
-    #[cfg(test)]
-    tests::JUDGED.set(tests::JUDGED.get() + 1);
     let standing = view.standing(caller.source.ip());
     let mut attempt = attempt(caller, claim, &standing);
     let egress = match rules(view, caller, standing) {
@@ -182,10 +180,7 @@ pub(super) fn missing(standing: &Standing) -> &'static str {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::{
-        cell::Cell,
-        time::{Duration, Instant},
-    };
+    use std::time::{Duration, Instant};
 
     use turnpike_rules::{
         egress::{EgressPolicy, EgressPort, EgressProtocol, EgressRule, Mode},
@@ -200,11 +195,6 @@ pub(super) mod tests {
     };
 
     pub(in crate::door) const HOST: &str = "api.payments.example";
-
-    thread_local! {
-        /// Judgements of this thread.
-        pub(in crate::door) static JUDGED: Cell<usize> = const { Cell::new(0) };
-    }
 
     pub(in crate::door) fn rule(
         protocol: EgressProtocol,

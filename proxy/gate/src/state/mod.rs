@@ -123,7 +123,7 @@ impl View {
     }
 
     /// Ready, and the policy of each pod that the agent knows to be selected has come.
-    pub fn complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         let waits = |pod: &Arc<Pod>| matches!(self.standing_of(pod.clone()), Standing::NoPolicy(_));
         self.ready() && !self.pods.values().any(waits)
     }
@@ -186,9 +186,9 @@ impl State {
 
     /// Returns once the view is complete, or after `patience`: one policy that never comes must
     /// not keep all pods waiting.
-    pub async fn complete(self, patience: Duration) {
+    pub async fn completed(self, patience: Duration) {
         let mut changes = self.changes();
-        let complete = changes.wait_for(|_| self.view().complete());
+        let complete = changes.wait_for(|_| self.view().is_complete());
         if timeout(patience, complete).await.is_err() {
             tracing::warn!(
                 ?patience,

@@ -158,7 +158,7 @@ async fn the_start_waits_for_all_that_verdicts_need_and_not_for_ever() {
     let patience = Duration::from_secs(5);
     let (owner, state) = Owner::new(PodLimits::default());
     let started = tokio::time::Instant::now();
-    let mut complete = Box::pin(state.clone().complete(patience));
+    let mut complete = Box::pin(state.clone().completed(patience));
     owner.apply(Change::PodAdded(info("u1", "c1", "10.0.1.5")));
     owner.apply(Change::FeedSynced);
     owner.apply(Change::PoliciesKnown);
@@ -175,9 +175,9 @@ async fn the_start_waits_for_all_that_verdicts_need_and_not_for_ever() {
         selected: false,
         ..info("u2", "c2", "10.0.1.6")
     }));
-    assert!(state.view().complete());
+    assert!(state.view().is_complete());
 
     let (_owner, state) = Owner::new(PodLimits::default());
-    let bounded = timeout(2 * patience, state.complete(patience)).await;
+    let bounded = timeout(2 * patience, state.completed(patience)).await;
     bounded.expect("it waits for ever");
 }

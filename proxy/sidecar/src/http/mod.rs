@@ -15,7 +15,13 @@ pub(crate) mod mirror;
 pub(crate) mod progress;
 pub(crate) mod upgrade;
 
-use std::{convert::Infallible, pin::pin, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    pin::{Pin, pin},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{Request, Response};
 use hyper::{
@@ -85,27 +91,14 @@ pub(crate) async fn serve<H: Handler>(
         if http2 {
             let head_bytes = u32::try_from(bounds.head_bytes).unwrap_or(u32::MAX);
             let server = http2_server(head_bytes, bounds.streams);
-            let served = server.serve_connection(TokioIo::new(stream), service);
-            let mut served = pin!(served);
-            tokio::select! {
-                biased;
-                result = &mut served => return result,
-                () = gently => served.as_mut().graceful_shutdown(),
-            }
-            served.await
+            let served = pin!(server.serve_connection(TokioIo::new(stream), service));
+            to_its_end(served, gently, |served| served.graceful_shutdown()).await
         } else {
             let stream = Guarded::new(stream, watched.clone(), worker.shared.clock);
             let server = http1_server(bounds.head_bytes, bounds.headers);
-            let served = server
-                .serve_connection(TokioIo::new(stream), service)
-                .with_upgrades();
-            let mut served = pin!(served);
-            tokio::select! {
-                biased;
-                result = &mut served => return result,
-                () = gently => served.as_mut().graceful_shutdown(),
-            }
-            served.await
+            let served = server.serve_connection(TokioIo::new(stream), service);
+            let served = pin!(served.with_upgrades());
+            to_its_end(served, gently, |served| served.graceful_shutdown()).await
         }
     };
     let result = tokio::select! {
@@ -113,27 +106,28 @@ pub(crate) async fn serve<H: Handler>(
         result = served => result,
         () = ends.at_once.notified() => {
             let details = "the request head took too long; send it whole";
-            refuse(worker, &connection, RefusalReason::Slow, details);
-            return;
+            return refuse(worker, &connection, RefusalReason::Slow, details);
         }
     };
-    if let Some(violation) = watched.violation() {
-        refuse(
-            worker,
-            &connection,
-            RefusalReason::Malformed,
-            &violation.to_string(),
-        );
-    } else if let Err(error) = result
-        && error.is_parse()
-    {
-        refuse(
-            worker,
-            &connection,
-            RefusalReason::Malformed,
-            &error.to_string(),
-        );
+    let violation = watched.violation().map(|it| it.to_string());
+    let unparsed = result.err().filter(hyper::Error::is_parse);
+    if let Some(details) = violation.or(unparsed.map(|error| error.to_string())) {
+        refuse(worker, &connection, RefusalReason::Malformed, &details);
     }
+}
+
+/// Lets a connection end by itself; once `gently`, it is to `finish` what it has begun.
+async fn to_its_end<C: Future>(
+    mut served: Pin<&mut C>,
+    gently: impl Future<Output = ()>,
+    finish: impl FnOnce(Pin<&mut C>),
+) -> C::Output {
+    tokio::select! {
+        biased;
+        result = &mut served => return result,
+        () = gently => finish(served.as_mut()),
+    }
+    served.await
 }
 
 fn refuse(worker: &Worker, connection: &Connection, reason: RefusalReason, details: &str) {
