@@ -168,6 +168,15 @@ impl Model {
     }
 
     fn backends(&self, route: &Route) -> Condition {
+        if let Some(unknown) = route.unknown.first() {
+            return Condition::unresolved(
+                "InvalidKind",
+                format!(
+                    "{unknown} is no Service; its share of the requests is answered 500, and of \
+                     copies dropped"
+                ),
+            );
+        }
         let missing =
             route
                 .backends()

@@ -19,6 +19,8 @@ pub(crate) struct Route {
     pub(crate) routes: Vec<Arc<turnpike_rules::route::Route>>,
     /// It has `hostnames`, which mean nothing here.
     pub(crate) names_hosts: bool,
+    /// Where it names backends that are no Services.
+    pub(crate) unknown: Vec<String>,
 }
 
 /// A Service that a route is attached to.
@@ -37,6 +39,7 @@ impl Route {
             parents,
             routes,
             names_hosts,
+            unknown,
         } = valid::http_route(object, cluster)?;
         // Whose routes hold for whom follows from the two namespaces.
         let parents = parents.into_iter().map(|parent| Parent {
@@ -53,6 +56,7 @@ impl Route {
             parents: parents.collect(),
             routes,
             names_hosts,
+            unknown,
         })
     }
 
@@ -70,7 +74,8 @@ impl Route {
                     found.insert((key(service), *port));
                 }
             }
-            found.extend(route.backends.iter().map(|b| (key(&b.service), b.port)));
+            let to = route.backends.iter().filter_map(|b| b.to.as_ref());
+            found.extend(to.map(|(service, port)| (key(service), *port)));
         }
         found
     }

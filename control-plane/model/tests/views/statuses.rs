@@ -349,3 +349,22 @@ fn a_routes_hostnames_are_ignored_and_it_is_said() {
     assert_eq!(accepted(&model, "HTTPRoute shop/r").message, "");
     assert_eq!(shared, web(&model).ports[0].routes);
 }
+
+#[test]
+fn a_route_whose_backend_is_no_service_is_in_force_for_the_others() {
+    let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n\
+                 metadata: {name: r, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: \
+                 Service, name: web}]\n  rules: [{backendRefs: [{name: web, port: 80, weight: 3}, \
+                 {group: x.dev, kind: Bucket, name: logs}]}]\n";
+    let model = world(route);
+    assert!(accepted(&model, "HTTPRoute shop/r").holds);
+    let found = problems(&model, "HTTPRoute shop/r");
+    assert_eq!(found[0].0, "InvalidKind");
+    assert!(
+        found[0].1.contains("Bucket.x.dev logs is no Service"),
+        "{found:?}"
+    );
+    let backends = &web(&model).ports[0].routes.routes[0].backends;
+    let (service, _) = backends[0].to.as_ref().unwrap();
+    assert_eq!((&*service.name, &backends[1].to), ("web", &None));
+}

@@ -227,8 +227,9 @@ pub enum PathEdit {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Backend {
-    pub service: ServiceKey,
-    pub port: u16,
+    /// `None`: it names something that is no Service. Its share is answered 500, as that of a
+    /// Service which does not exist.
+    pub to: Option<(ServiceKey, u16)>,
     pub weight: u32,
     pub filters: Vec<Filter>,
 }
@@ -380,23 +381,26 @@ mod tests {
     #[test]
     fn weights_divide_the_random_numbers() {
         let backend = |name: &str, weight| Backend {
-            service: ServiceKey::new("c", "ns", name),
-            port: 80,
+            to: Some((ServiceKey::new("c", "ns", name), 80)),
             weight,
             filters: Vec::new(),
         };
+        fn picked(route: &Route, random: u32) -> &str {
+            let (service, _) = route.pick(random).unwrap().to.as_ref().unwrap();
+            &service.name
+        }
         let mut route = route("r", PathMatch::default());
         assert!(route.pick(7).is_none());
         route.backends = vec![backend("none", 0)];
         assert!(route.pick(u32::MAX).is_none());
         route.backends = vec![backend("a", 1), backend("none", 0), backend("b", 3)];
         let share = (0..1000u32)
-            .filter(|n| &*route.pick(n * (u32::MAX / 1000)).unwrap().service.name == "a")
+            .filter(|n| picked(&route, n * (u32::MAX / 1000)) == "a")
             .count();
         assert!((249..=251).contains(&share), "{share}");
-        assert_eq!(&*route.pick(u32::MAX).unwrap().service.name, "b");
+        assert_eq!(picked(&route, u32::MAX), "b");
         route.backends = vec![backend("a", u32::MAX), backend("b", u32::MAX)];
-        assert_eq!(&*route.pick(0).unwrap().service.name, "a");
-        assert_eq!(&*route.pick(u32::MAX).unwrap().service.name, "b");
+        assert_eq!(picked(&route, 0), "a");
+        assert_eq!(picked(&route, u32::MAX), "b");
     }
 }

@@ -185,8 +185,10 @@ fn backend(message: pb::Backend) -> Read<Backend> {
         filters,
     } = message;
     Ok(Backend {
-        service: required("service", service, key)?,
-        port: within("port", port(to_port))?,
+        to: match optional("service", service, key)? {
+            Some(service) => Some((service, within("port", port(to_port))?)),
+            None => None,
+        },
         weight,
         filters: each("filters", filters, filter)?,
     })
@@ -304,14 +306,13 @@ impl From<&PathEdit> for pb::PathEdit {
 impl From<&Backend> for pb::Backend {
     fn from(backend: &Backend) -> Self {
         let Backend {
-            service,
-            port,
+            to,
             weight,
             filters,
         } = backend;
         Self {
-            service: Some(service.into()),
-            port: (*port).into(),
+            service: to.as_ref().map(|(service, _)| service.into()),
+            port: to.as_ref().map_or(0, |(_, port)| (*port).into()),
             weight: *weight,
             filters: messages(filters),
         }

@@ -304,7 +304,14 @@ impl Outbound {
             .iter()
             .position(|each| std::ptr::eq(each, backend));
         filters::on_request(&backend.filters, &route, parts)?;
-        let found = self.worker.port(&backend.service, backend.port).await;
+        let Some((service, port)) = &backend.to else {
+            return Err(ProxyError::NoBackend {
+                route: route.name.clone(),
+                why: "sends this share to what is no Service; name one in the backendRef"
+                    .to_owned(),
+            });
+        };
+        let found = self.worker.port(service, *port).await;
         let (service, port) = found.map_err(|error| match error {
             // Its share fails for good, as its status says.
             ProxyError::NoService(_, Missing::Absent) | ProxyError::NoPort { .. } => {

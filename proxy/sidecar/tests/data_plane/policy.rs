@@ -43,8 +43,7 @@ fn route(name: &str, prefix: &str, backends: &[(&str, u32)]) -> Route {
         backends: backends
             .iter()
             .map(|(service, weight)| Backend {
-                service: ServiceKey::new("cluster", "shop", service),
-                port: 80,
+                to: Some((ServiceKey::new("cluster", "shop", service), 80)),
                 weight: *weight,
                 filters: Vec::new(),
             })
@@ -78,12 +77,15 @@ fn routes() -> RouteTable {
         path: None,
         status: 301,
     })];
+    let mut unknown = route("unknown", "/unknown", &[("web", 1)]);
+    unknown.backends[0].to = None;
     let routes = [
         rewritten,
         moved,
         route("other", "/other", &[("other", 1), ("web", 0)]),
         route("nothing", "/nothing", &[("web", 0)]),
         route("missing", "/missing", &[("absent", 1)]),
+        unknown,
     ];
     RouteTable::new(routes.into_iter().map(Arc::new).collect())
 }
@@ -135,6 +137,7 @@ async fn requests_follow_their_routes() {
         ("/none", 404, "NR"),
         ("/nothing", 500, "NR"),
         ("/missing", 500, "NR"),
+        ("/unknown", 500, "NR"),
     ] {
         let (got, body) = get(caller.outbound(), path).await;
         assert_eq!(got, status, "{path}: {body}");

@@ -190,7 +190,7 @@ fn mirror(
         fraction,
         percent,
     } = typed;
-    let (service, port) = context.service(
+    let to = context.target(
         problems,
         &format!("{field}.backendRef"),
         BackendRef {
@@ -222,6 +222,7 @@ fn mirror(
     let allowed = "allowed is one of percent (0 to 100) and fraction (at most 1)";
     let value = format!("percent {percent:?}, fraction {fraction:?}");
     let percent = problems.take(field, value, share.ok_or(allowed))?;
+    let (service, port) = to?;
     Some(Filter::Mirror {
         service,
         port,

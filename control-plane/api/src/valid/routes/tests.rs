@@ -63,8 +63,8 @@ fn a_rule_becomes_a_route_for_each_match() {
     assert_eq!(&*routes[1].matches.headers[0].name, "x-canary");
     assert_eq!(routes[1].backends, routes[0].backends);
     assert_eq!(
-        routes[0].backends[1].service,
-        ServiceKey::new("cluster", "shop", "web-v2")
+        routes[0].backends[1].to,
+        Some((ServiceKey::new("cluster", "shop", "web-v2"), 8080))
     );
     assert_eq!(routes[0].backends[1].weight, 10);
     assert_eq!(routes[0].timeouts.request, Some(Duration::from_secs(2)));
@@ -91,6 +91,37 @@ spec:
     .unwrap();
     assert_eq!(&*parents[0].namespace, "shop");
     assert_eq!(parents[0].consumer.as_deref(), Some("caller"));
+}
+
+#[test]
+fn backends_are_of_any_namespace_and_those_that_are_no_services_have_a_share_that_fails() {
+    let rule = "{backendRefs: [{name: web, namespace: other, port: 80}, {group: '', kind: Service, \
+                name: web, port: 80, weight: 3}, {group: x.dev, kind: Bucket, name: logs}, {group: \
+                x.dev, kind: Service, name: web, port: 80}], filters: [{type: RequestMirror, \
+                requestMirror: {backendRef: {group: x.dev, kind: Bucket, name: copy}}}]}";
+    let Routes {
+        routes, unknown, ..
+    } = compile(&with_rule(rule)).unwrap();
+    let web = |namespace| Some((ServiceKey::new("cluster", namespace, "web"), 80));
+    let found: Vec<_> = routes[0]
+        .backends
+        .iter()
+        .map(|b| (b.to.clone(), b.weight))
+        .collect();
+    let expected = [(web("other"), 1), (web("shop"), 3), (None, 1), (None, 1)];
+    assert_eq!(found, expected);
+    assert!(
+        routes[0].filters.is_empty(),
+        "nobody is there to be sent copies"
+    );
+    assert_eq!(
+        unknown,
+        [
+            "spec.rules[0].filters[0].requestMirror.backendRef: Bucket.x.dev copy",
+            "spec.rules[0].backendRefs[2]: Bucket.x.dev logs",
+            "spec.rules[0].backendRefs[3]: Service.x.dev web",
+        ]
+    );
 }
 
 #[test]
@@ -204,13 +235,12 @@ fn what_is_not_supported_is_refused_by_name() {
         ),
         (
             "{backendRefs: [{name: web}, {name: web, port: 0}, {name: web, port: 80, weight: -1}, \
-             {name: web, namespace: other, port: 80}, {kind: Bucket, name: b, port: 80}]}",
+             {kind: Bucket, name: b, weight: -1}]}",
             &[
                 "spec.rules[0].backendRefs[0].port",
                 "spec.rules[0].backendRefs[1].port",
                 "spec.rules[0].backendRefs[2].weight",
-                "spec.rules[0].backendRefs[3].namespace",
-                "spec.rules[0].backendRefs[4].kind",
+                "spec.rules[0].backendRefs[3].weight",
             ],
         ),
         (

@@ -116,14 +116,12 @@ pub(super) fn backoff() -> impl Strategy<Value = Backoff> {
 }
 
 pub(super) fn backend() -> impl Strategy<Value = Backend> {
-    (key(), port(), any::<u32>(), vec(filter(), 0..2)).prop_map(
-        |(service, port, weight, filters)| Backend {
-            service,
-            port,
-            weight,
-            filters,
-        },
-    )
+    let to = option::of((key(), port()));
+    (to, any::<u32>(), vec(filter(), 0..2)).prop_map(|(to, weight, filters)| Backend {
+        to,
+        weight,
+        filters,
+    })
 }
 
 pub(super) fn route() -> impl Strategy<Value = Arc<Route>> {
