@@ -25,7 +25,7 @@ image: {registry: registry.example, tag: v1, pullPolicy: Always, pullSecrets: [p
 images: {proxy: {repository: turnpike/proxy, tag: v2}}
 mesh: {clusterAddresses: [10.0.0.10], mtls: STRICT, telemetry: {sampling: 0.1, accessLog: true}}
 telemetry: {otlpEndpoint: "http://otel.observability.svc:4317"}
-proxy: {workers: 2}
+proxy: {workers: 2, resources: {cpuLimit: "2"}}
 controller: {nodeSelector: {role: system}, tolerations: [{key: system, operator: Exists}], env: {RUST_LOG: debug}}
 audit: {persistence: {storageClass: gp3}, nodeSelector: {role: system}, tolerations: [{operator: Exists}], env: {RUST_LOG: debug}}
 node: {env: {WARM_IP_TARGET: 4, ADDITIONAL_ENI_TAGS: '{"team":"a"}'}, serviceAccountAnnotations: {a: b}, nodeSelector: {cni: turnpike}, maxUnavailable: 10%}

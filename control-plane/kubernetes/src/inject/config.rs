@@ -28,6 +28,8 @@ pub struct InjectConfig {
     pub workers: Option<u32>,
     /// Quantities, as Kubernetes writes them.
     pub cpu_request: String,
+    /// `None`: no limit.
+    pub cpu_limit: Option<String>,
     pub memory_request: String,
     pub memory_limit: String,
     pub exempt_namespaces: Vec<String>,
@@ -49,6 +51,7 @@ impl Default for InjectConfig {
             otlp_endpoint: None,
             workers: None,
             cpu_request: "20m".to_owned(),
+            cpu_limit: None,
             memory_request: "32Mi".to_owned(),
             memory_limit: "256Mi".to_owned(),
             exempt_namespaces: vec!["kube-system".to_owned(), "turnpike-system".to_owned()],
@@ -95,6 +98,7 @@ impl InjectConfig {
             otlp_endpoint,
             workers,
             cpu_request,
+            cpu_limit,
             memory_request,
             memory_limit,
             exempt_namespaces,
@@ -141,11 +145,12 @@ impl InjectConfig {
                 "allowed are 1 or more; leave it out to let the proxy decide",
             );
         }
-        for (field, text) in [
+        let cpu_limit = cpu_limit.iter().map(|limit| ("cpuLimit", limit));
+        for (field, text) in cpu_limit.chain([
             ("cpuRequest", cpu_request),
             ("memoryRequest", memory_request),
             ("memoryLimit", memory_limit),
-        ] {
+        ]) {
             if !is_quantity(text) {
                 return refuse(field, "allowed are quantities such as 20m, 1, 64Mi or 1Gi");
             }
@@ -203,6 +208,7 @@ mod tests {
                 "`tokenExpirationSeconds` is refused",
             ),
             ("cpuRequest: much", "`cpuRequest` is refused"),
+            ("cpuLimit: ''", "`cpuLimit` is refused"),
             ("memoryLimit: 1Gb", "`memoryLimit` is refused"),
             ("memoryLimit: .", "`memoryLimit` is refused"),
             ("workers: 0", "`workers` is refused"),

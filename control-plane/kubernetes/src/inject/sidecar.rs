@@ -160,7 +160,8 @@ fn probe(period_seconds: i32, failures: i32) -> Probe {
     }
 }
 
-/// No CPU limit: the kernel would stall the application's traffic with it.
+/// No CPU limit by itself: the kernel would stall the application's traffic with it. A namespace's
+/// quota may ask for one.
 fn resources(config: &InjectConfig) -> ResourceRequirements {
     let quantities = |pairs: &[(&str, &String)]| {
         Some(
@@ -170,12 +171,14 @@ fn resources(config: &InjectConfig) -> ResourceRequirements {
                 .collect(),
         )
     };
+    let mut limits = vec![("memory", &config.memory_limit)];
+    limits.extend(config.cpu_limit.iter().map(|limit| ("cpu", limit)));
     ResourceRequirements {
         requests: quantities(&[
             ("cpu", &config.cpu_request),
             ("memory", &config.memory_request),
         ]),
-        limits: quantities(&[("memory", &config.memory_limit)]),
+        limits: quantities(&limits),
         ..ResourceRequirements::default()
     }
 }

@@ -46,6 +46,7 @@ fn settings_reach_the_sidecar() {
         image: "registry.example/proxy:1".to_owned(),
         otlp_endpoint: Some("http://otel:4317".to_owned()),
         workers: Some(2),
+        cpu_limit: Some("2".to_owned()),
         memory_limit: "1Gi".to_owned(),
         ..InjectConfig::default()
     };
