@@ -191,7 +191,8 @@ pub enum Filter {
     Mirror {
         service: ServiceKey,
         port: u16,
-        percent: u32,
+        /// Of a million requests, how many are copied.
+        per_million: u32,
     },
 }
 

@@ -163,17 +163,20 @@ fn mirror(message: pb::Mirror) -> Read<Filter> {
         service,
         port: to_port,
         percent,
+        per_million,
     } = message;
-    if percent > 100 {
+    // An older controller counts in percent.
+    let per_million = per_million.unwrap_or(percent.saturating_mul(10_000));
+    if per_million > 1_000_000 {
         return Err(FieldError::new(
-            "percent",
-            format!("{percent} is more than 100"),
+            "per_million",
+            format!("{per_million} is more than a million"),
         ));
     }
     Ok(Filter::Mirror {
         service: required("service", service, key)?,
         port: within("port", port(to_port))?,
-        percent,
+        per_million,
     })
 }
 
@@ -270,11 +273,12 @@ impl From<&Filter> for pb::Filter {
             Filter::Mirror {
                 service,
                 port,
-                percent,
+                per_million,
             } => Kind::Mirror(pb::Mirror {
                 service: Some(service.into()),
                 port: (*port).into(),
-                percent: *percent,
+                percent: *per_million / 10_000,
+                per_million: Some(*per_million),
             }),
         };
         Self { kind: Some(kind) }

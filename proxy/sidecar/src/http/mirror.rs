@@ -66,8 +66,8 @@ impl Copy {
                 Filter::Mirror {
                     service,
                     port,
-                    percent,
-                } if fastrand::u32(..100) < *percent => Some((service.clone(), *port)),
+                    per_million,
+                } if fastrand::u32(..1_000_000) < *per_million => Some((service.clone(), *port)),
                 _ => None,
             })
             .take(PER_REQUEST)
@@ -156,4 +156,27 @@ async fn exchange(
     }
     lease.release();
     Some(Mirrored::Answered)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_of_a_thousandth_is_copied() {
+        fastrand::seed(1);
+        let (parts, ()) = Request::new(()).into_parts();
+        let copies = |per_million| {
+            let mirror = Filter::Mirror {
+                service: ServiceKey::new("cluster", "shop", "shadow"),
+                port: 80,
+                per_million,
+            };
+            let copied = |_: &u32| Copy::of([&mirror].into_iter(), &parts).is_some();
+            (0..100_000u32).filter(copied).count()
+        };
+        assert_eq!((copies(0), copies(1_000_000)), (0, 100_000));
+        let thousandth = copies(1_000);
+        assert!((60..140).contains(&thousandth), "{thousandth}");
+    }
 }

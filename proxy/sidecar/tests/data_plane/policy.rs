@@ -386,17 +386,17 @@ async fn a_mirror_sees_requests_and_is_not_heard() {
     let (shadow, seen) = counting().await;
     let pair = Pair::with(serve(echo).await, |view| {
         let mut mirrored = route("mirrored", "/", &[("web", 1)]);
-        let mirror = |percent| Filter::Mirror {
+        let mirror = |per_million| Filter::Mirror {
             service: ServiceKey::new("cluster", "shop", "shadow"),
             port: 80,
-            percent,
+            per_million,
         };
-        mirrored.filters = vec![mirror(100), mirror(0)];
+        mirrored.filters = vec![mirror(1_000_000), mirror(0)];
         let mut absent = route("absent", "/absent", &[("web", 1)]);
         absent.filters = vec![Filter::Mirror {
             service: ServiceKey::new("cluster", "shop", "nobody"),
             port: 80,
-            percent: 100,
+            per_million: 1_000_000,
         }];
         let routes = [mirrored, absent].map(Arc::new).to_vec();
         view.service.ports[0].routes = RouteTable::new(routes);

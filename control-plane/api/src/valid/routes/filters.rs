@@ -18,6 +18,8 @@ use turnpike_rules::{
 use super::{BackendRef, Context};
 use crate::valid::problems::{self, Problems};
 
+const MILLION: i64 = 1_000_000;
+
 /// `only_prefixes`: the rule matches by prefix alone, so that a prefix can be replaced.
 pub(super) fn all(
     problems: &mut Problems,
@@ -201,9 +203,9 @@ fn mirror(
             port: backend_ref.port,
         },
     )?;
-    let share = match (percent, fraction) {
-        (None, None) => Ok(100),
-        (Some(percent), None) => i64::from(*percent).try_into().map_err(drop),
+    let per_million = match (percent, fraction) {
+        (None, None) => Some(MILLION),
+        (Some(percent), None) => Some(i64::from(*percent) * MILLION / 100),
         (
             None,
             Some(HttpRouteRulesFiltersRequestMirrorFraction {
@@ -212,21 +214,22 @@ fn mirror(
             }),
         ) => {
             let parts = i64::from(denominator.unwrap_or(100)).max(1);
-            (i64::from(*numerator) * 100 / parts)
-                .try_into()
-                .map_err(drop)
+            // Rounded up, so that what is not nothing is not made nothing.
+            let share = (i64::from(*numerator) * MILLION + parts - 1) / parts;
+            (*numerator >= 0).then_some(share)
         }
-        (Some(_), Some(_)) => Err(()),
+        (Some(_), Some(_)) => None,
     };
-    let share = share.ok().filter(|share: &u32| *share <= 100);
+    let per_million = per_million.filter(|share| *share <= MILLION);
+    let per_million = per_million.and_then(|share| u32::try_from(share).ok());
     let allowed = "allowed is one of percent (0 to 100) and fraction (at most 1)";
     let value = format!("percent {percent:?}, fraction {fraction:?}");
-    let percent = problems.take(field, value, share.ok_or(allowed))?;
+    let per_million = problems.take(field, value, per_million.ok_or(allowed))?;
     let (service, port) = to?;
     Some(Filter::Mirror {
         service,
         port,
-        percent,
+        per_million,
     })
 }
 

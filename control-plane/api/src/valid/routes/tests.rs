@@ -125,6 +125,46 @@ fn backends_are_of_any_namespace_and_those_that_are_no_services_have_a_share_tha
 }
 
 #[test]
+fn a_share_of_copies_is_kept_to_the_millionth() {
+    let compile = |share: &str| {
+        compile(&with_rule(&format!(
+            "{{filters: [{{type: RequestMirror, requestMirror: {{backendRef: {{name: copy, port: \
+             80}}{share}}}}}]}}"
+        )))
+    };
+    for (share, expected) in [
+        ("", 1_000_000),
+        (", percent: 0", 0),
+        (", percent: 7", 70_000),
+        (", percent: 100", 1_000_000),
+        (", fraction: {numerator: 1}", 10_000),
+        (", fraction: {numerator: 0, denominator: 1000}", 0),
+        (", fraction: {numerator: 1, denominator: 1000}", 1_000),
+        (", fraction: {numerator: 2, denominator: 3}", 666_667),
+        (", fraction: {numerator: 1, denominator: 2147483647}", 1),
+        (
+            ", fraction: {numerator: 2147483647, denominator: 2147483647}",
+            1_000_000,
+        ),
+    ] {
+        let Routes { routes, .. } = compile(share).unwrap();
+        let [Filter::Mirror { per_million, .. }] = routes[0].filters[..] else {
+            panic!("{share}: {:?}", routes[0].filters)
+        };
+        assert_eq!(per_million, expected, "{share}");
+    }
+    for share in [
+        ", percent: 101",
+        ", percent: -1",
+        ", fraction: {numerator: -1, denominator: 1000}",
+        ", fraction: {numerator: 1001, denominator: 1000}",
+        ", percent: 1, fraction: {numerator: 1}",
+    ] {
+        assert!(compile(share).is_err(), "{share}");
+    }
+}
+
+#[test]
 fn hostnames_are_checked_and_decide_nothing() {
     let with = |hostnames: &str| {
         compile(&SPLIT.replace("  rules:", &format!("  hostnames: [{hostnames}]\n  rules:")))
@@ -161,7 +201,7 @@ fn filters_compile() {
         mirror,
         Filter::Mirror {
             port: 80,
-            percent: 10,
+            per_million: 100_000,
             ..
         }
     ));

@@ -85,10 +85,12 @@ pub(super) fn filter() -> impl Strategy<Value = Filter> {
             }),
         (option::of(text()), option::of(path_edit()))
             .prop_map(|(host, path)| Filter::Rewrite(Rewrite { host, path })),
-        (key(), port(), 0u32..=100).prop_map(|(service, port, percent)| Filter::Mirror {
-            service,
-            port,
-            percent
+        (key(), port(), 0u32..=1_000_000).prop_map(|(service, port, per_million)| {
+            Filter::Mirror {
+                service,
+                port,
+                per_million,
+            }
         }),
     ]
 }
