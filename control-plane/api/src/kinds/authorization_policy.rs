@@ -24,7 +24,8 @@ use crate::status::PolicyStatus;
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AuthorizationPolicySpec {
-    /// Left out: every pod of the namespace.
+    /// Left out: every pod of the namespace. In `turnpike-system` it selects in all namespaces, as in
+    /// Istio: a policy there holds for the whole mesh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<LabelSelector>,
     #[serde(default)]

@@ -31,7 +31,7 @@ use crate::status::PolicyStatus;
 )
 .message("portLevelMtls needs a selector"))]
 pub struct PeerAuthenticationSpec {
-    /// Left out: every pod of the namespace.
+    /// Left out: every pod of the namespace; in `turnpike-system`, of the whole mesh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<LabelSelector>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -22,7 +22,7 @@ use crate::status::PolicyStatus;
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TelemetrySpec {
-    /// Left out: every pod of the namespace.
+    /// Left out: every pod of the namespace; in `turnpike-system`, of the whole mesh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<LabelSelector>,
     /// Share of new traces that are sampled, from 0 to 1. A caller's own decision is kept.

@@ -126,8 +126,8 @@ pub struct RetryRate {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Timeouts {
-    /// For a connection to come about, and for a request to wait for one where `maxConnections` are
-    /// taken. 1s where left out; may not be `0s`.
+    /// How long opening a connection may take, and how long a request waits for one when all
+    /// `maxConnections` are in use. 1s where left out; may not be `0s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connect: Option<Duration>,
     /// The whole request with all its tries.

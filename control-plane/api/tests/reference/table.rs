@@ -70,6 +70,7 @@ const MEANINGS: &[(&str, &str)] = &[
     ("default[].ports", "One must match."),
     ("ceiling[].ports", "One must match."),
     ("inbound[].ports", "The pod's ports."),
+    ("inbound[].ports[].port", "The port."),
     ("[].ports[].port", "The port, or the first of a range."),
     (
         "allow[].ports[].protocol",
