@@ -173,13 +173,7 @@ fn on_refused(key: &ObjectKey, object: &PolicyObject, reason: &str, why: &str) -
         reason: "UnsupportedValue".to_owned(),
         ..accepted
     };
-    let resolved = match ["InvalidKind", "RefNotPermitted"]
-        .into_iter()
-        .find(|reason| why.contains(&format!("(reason {reason})")))
-    {
-        Some(reason) => said(RESOLVED_REFS, false, reason, why),
-        None => said(RESOLVED_REFS, true, RESOLVED_REFS, ""),
-    };
+    let resolved = said(RESOLVED_REFS, true, RESOLVED_REFS, "");
     let parents = service_parents(key, object);
     let conditions = vec![accepted, resolved, programmed];
     Verdict::Route(

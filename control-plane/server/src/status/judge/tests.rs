@@ -143,8 +143,7 @@ fn each_parent_of_a_route_has_its_own_word() {
     assert!(parents[0].1[0].holds && parents[0].1[2].holds);
     assert!(!parents[1].1[0].holds && !parents[1].1[2].holds);
 
-    let why =
-        "spec.rules[0].backendRefs[0].kind: `x/Y` is refused: allowed is … (reason InvalidKind)";
+    let why = "spec.rules[0].timeouts.request: `1x` is refused: allowed is …";
     let verdict = on_refused(&key(Kind::HttpRoute), &object, "Invalid", why);
     let Verdict::Route(parents) = verdict else {
         panic!("{verdict:?}")
@@ -153,7 +152,7 @@ fn each_parent_of_a_route_has_its_own_word() {
         texts(&parents[1].1),
         [
             "Accepted=false UnsupportedValue",
-            "ResolvedRefs=false InvalidKind",
+            "ResolvedRefs=true ResolvedRefs",
             "Programmed=false NotAccepted"
         ]
     );
