@@ -140,15 +140,11 @@ pub async fn add(node: &Arc<Node>, request: &AddRequest) -> Result<AddReply, Att
     let enforced = policy(node, &holder.pod, &turn).await?;
     let (lease, recording) = address(node, &holder, &turn).await?;
     node.announce(&lease, &enforced);
-    match build(node, &lease, &enforced, recording, &turn).await {
-        Ok(applied) => {
-            node.store.confirm(&holder.attachment);
-            // Policy may have changed while the pod was built.
-            node.policy_wanted.notify_one();
-            Ok(reply(&lease, &applied))
-        }
-        Err(error) => Err(error),
-    }
+    let applied = build(node, &lease, &enforced, recording, &turn).await?;
+    node.store.confirm(&holder.attachment);
+    // Policy may have changed while the pod was built.
+    node.policy_wanted.notify_one();
+    Ok(reply(&lease, &applied))
 }
 
 /// The answer to an ADD that was answered before, if what it built still stands. What does not
